@@ -1,0 +1,96 @@
+"""The plan of one request: what is on the device in each phase, and why. Printable, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowvram.offload.budget import format_size
+
+OWNERS = ("weights", "slabs", "kv", "carry", "activations", "workspace")
+"""Who holds device memory. `carry` is what one phase leaves for the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """One phase: the bytes each owner holds at its peak, and the modules on the device then.
+
+    `predicted_peak_bytes` includes the device's context and not the guard.
+    """
+
+    name: str
+    predicted_peak_bytes: int
+    parts: Mapping[str, int]
+    on_device: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a request needs and where each module will be.
+
+    `residency` maps a module to `resident` (stays between requests), `on demand` (loaded when its
+    phase begins, dropped when it ends), `host` (its rows are read on the host) or `unused`.
+    `fits` means predicted peak + guard <= budget.
+    """
+
+    fits: bool
+    model: str
+    device: str
+    dtype: str
+    budget_bytes: int
+    context_bytes: int
+    guard_bytes: int
+    predicted_peak_bytes: int
+    minimum_budget_bytes: int
+    phases: tuple[PhasePlan, ...]
+    residency: Mapping[str, str]
+    bytes_to_move: int
+    reasons: tuple[str, ...]
+    knobs: Mapping[str, int] = field(default_factory=dict)
+
+    def phase(self, name: str) -> PhasePlan:
+        """The phase of that name; an interleaved one is named by its parts joined with `+`."""
+        for row in self.phases:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def resident(self, part: str) -> bool:
+        return self.residency.get(part) == "resident"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names above; bytes are integers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} on {self.device}, {self.dtype}: "
+            f"{'fits' if self.fits else 'does not fit'} in {format_size(self.budget_bytes)}; "
+            f"peak {format_size(self.predicted_peak_bytes)} + guard {format_size(self.guard_bytes)}",
+            "",
+        ]
+        rows = [("phase", "peak", *OWNERS, "on the device")]
+        for phase in self.phases:
+            cells = (format_size(phase.parts.get(owner, 0)) for owner in OWNERS)
+            rows.append(
+                (
+                    phase.name,
+                    format_size(phase.predicted_peak_bytes),
+                    *cells,
+                    ", ".join(phase.on_device),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        for row in rows:
+            head = row[0].ljust(widths[0])
+            numbers = "  ".join(
+                cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)
+            )
+            lines.append(f"{head}  {numbers}  {row[-1]}")
+        lines.append("")
+        lines += [f"{part}: {where}" for part, where in self.residency.items()]
+        lines.append("")
+        lines += [f"- {reason}" for reason in self.reasons]
+        return "\n".join(lines)
