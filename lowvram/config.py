@@ -195,7 +195,11 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DiTConfig:
         # Published files also carry the original names of three fields.
-        renamed = {"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
+        renamed = {
+            "dim": "hidden_size",
+            "depth": "num_hidden_layers",
+            "heads": "num_attention_heads",
+        }
         aliased = {renamed[k]: v for k, v in raw.items() if k in renamed}
         return cls(**_known(cls, aliased | dict(raw)) | _rope(raw))
 
@@ -248,8 +252,8 @@ class QuantConfig:
             )
         if bits != 4 or group not in (32, 64, 128):
             raise CheckpointError(
-                f"the checkpoint is quantized to {bits} bits in groups of {group}; 4 bits in groups "
-                "of 32, 64 or 128 are read: use another checkpoint"
+                f"the checkpoint is quantized to {bits} bits in groups of {group}; 4 bits in "
+                "groups of 32, 64 or 128 are read: use another checkpoint"
             )
         if not raw.get("zero_point", True):
             raise CheckpointError(

@@ -6,13 +6,13 @@ was seen, what was wanted and what to try.
 
 
 class LowVRAMError(Exception):
-    """Base of every error this package raises on purpose. The command line prints it as one line."""
+    """Base of every error raised on purpose. The command line prints it as one line."""
 
     exit_code = 1
 
 
 class UsageError(LowVRAMError, ValueError):
-    """An argument that is wrong in itself: an unknown voice or device name, a size that is no size."""
+    """An argument that is wrong in itself: an unknown voice, a size that is no size."""
 
     exit_code = 2
 

@@ -8,7 +8,7 @@ from typing import Literal
 from lowvram.errors import UsageError
 
 CODES_PER_SECOND = 50
-"""Codec tokens in a second of speech: 24,000 samples / (240 samples a mel frame x 2 frames a code)."""
+"""Codec tokens in a second of speech: 24,000 samples / (240 samples a frame x 2 frames a code)."""
 
 Solver = Literal["euler", "rk4"]
 SOLVERS: tuple[Solver, ...] = ("euler", "rk4")
@@ -36,9 +36,7 @@ class SamplingSettings:
             )
 
 
-TALKER_SAMPLING = SamplingSettings(
-    temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.05
-)
+TALKER_SAMPLING = SamplingSettings(temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.05)
 """How codes are drawn: the defaults of `Qwen2_5OmniForConditionalGeneration.generate`."""
 
 
@@ -68,3 +66,9 @@ class GenerationSettings:
             raise UsageError(f"max_speech_seconds is {self.max_speech_seconds}; wanted above 0")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}")
+
+    def max_codes(self, default: int) -> int:
+        """Codec tokens at most; `default` is the checkpoint's own bound."""
+        if self.max_speech_seconds is None:
+            return default
+        return max(1, round(self.max_speech_seconds * CODES_PER_SECOND))

@@ -1,4 +1,4 @@
-"""A Qwen2.5-Omni of a few hundred thousand weights, for comparison with the transformers classes."""
+"""A Qwen2.5-Omni of a few million weights, for comparison with the transformers classes."""
 
 from __future__ import annotations
 

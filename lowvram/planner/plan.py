@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowvram.offload.budget import format_size
+from lowvram.offload import format_size
 
 OWNERS = ("weights", "slabs", "kv", "carry", "activations", "workspace")
 """Who holds device memory. `carry` is what one phase leaves for the next."""
@@ -14,7 +14,7 @@ OWNERS = ("weights", "slabs", "kv", "carry", "activations", "workspace")
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """One phase: the bytes each owner holds at its peak, and the modules on the device then.
+    """One phase: what each owner holds at its peak, the modules it runs, and those on the device.
 
     `predicted_peak_bytes` includes the device's context and not the guard.
     """
@@ -22,6 +22,7 @@ class PhasePlan:
     name: str
     predicted_peak_bytes: int
     parts: Mapping[str, int]
+    modules: tuple[str, ...]
     on_device: tuple[str, ...]
     reason: str
 
@@ -68,7 +69,8 @@ class Plan:
         lines = [
             f"{self.model} on {self.device}, {self.dtype}: "
             f"{'fits' if self.fits else 'does not fit'} in {format_size(self.budget_bytes)}; "
-            f"peak {format_size(self.predicted_peak_bytes)} + guard {format_size(self.guard_bytes)}",
+            f"peak {format_size(self.predicted_peak_bytes)} "
+            f"and guard {format_size(self.guard_bytes)}",
             "",
         ]
         rows = [("phase", "peak", *OWNERS, "on the device")]

@@ -1,0 +1,73 @@
+"""What every phase of a request shares: the device, the loader, the meter and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowvram.config import DecoderConfig
+from lowvram.models.kv_cache import KVCache
+from lowvram.offload import Device, Loader, Meter, Store
+from lowvram.planner.plan import Plan
+
+
+@dataclass
+class Context:
+    """One request's view of the device. `dtype` is the compute type of everything but token2wav."""
+
+    device: Device
+    store: Store
+    loader: Loader
+    meter: Meter
+    plan: Plan
+    dtype: torch.dtype
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what follows as that phase, or as the interleaved row of the plan that holds it.
+
+        All computing happens in here; nothing that is yielded to a reader does.
+        """
+        row = next(row.name for row in self.plan.phases if name in row.name.split("+"))
+        with self.meter.phase(row), torch.inference_mode():
+            yield
+
+    def use(self, part: str) -> AbstractContextManager[nn.Module]:
+        """That module on the device; it stays there afterwards only if the plan says so."""
+        return self.loader.use(part, keep=self.plan.resident(part))
+
+    @property
+    def host(self) -> torch.device:
+        """Where prompts, states and embeddings wait; on `meta` nothing leaves `meta`."""
+        return torch.device("meta" if self.device.type == "meta" else "cpu")
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A result of the device, for a later phase."""
+        return tensor.to(self.host)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Activations from the host, in the compute type."""
+        return tensor.to(self.device.torch, self.dtype)
+
+    @contextmanager
+    def kv_cache(self, key: str, config: DecoderConfig, max_tokens: int) -> Iterator[KVCache]:
+        """A KV cache for one sequence of at most `max_tokens`, allocated once, gone at the end."""
+        cache = KVCache(
+            layers=config.num_hidden_layers,
+            batch=1,
+            kv_heads=config.num_key_value_heads,
+            max_tokens=max_tokens,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            device=self.device.torch,
+        )
+        self.meter.hold("kv", key, cache.nbytes)
+        try:
+            yield cache
+        finally:
+            cache.free()
+            self.meter.release("kv", key)

@@ -1,0 +1,213 @@
+"""One request from prompt to last sample: which phase runs when, and what the reader gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.conversation import Prompt, Tokenizer
+from lowvram.engine.context import Context
+from lowvram.engine.encode import (
+    embed_prompt,
+    embed_tokens,
+    encode_audio,
+    encode_vision,
+    media_slots,
+)
+from lowvram.engine.pieces import VocodeSettings
+from lowvram.engine.sampling import Sampler
+from lowvram.engine.talk import Speech, codec_sampler, talk
+from lowvram.engine.thinker import Thinker
+from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
+from lowvram.engine.voice import Voice
+from lowvram.events import SAMPLE_RATE, AudioChunk, TextDelta
+from lowvram.settings import GenerationSettings
+
+
+class Seeds(NamedTuple):
+    """Text, codes and noise draw from generators of their own, so that none shifts another."""
+
+    text: int
+    codes: int
+    noise: int
+
+    @classmethod
+    def of_request(cls, seed: int) -> Seeds:
+        return cls(*(seed * 3 + purpose for purpose in range(3)))
+
+
+@dataclass
+class Run:
+    """One request while it runs, and what came of it so far. Iterate `events()` once.
+
+    `started` is the `time.perf_counter()` at which the request came in; seconds count from it.
+    """
+
+    context: Context
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    prompt: Prompt
+    settings: GenerationSettings
+    voice: Voice | None
+    started: float
+    tokens: list[int] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    samples: list[np.ndarray] = field(default_factory=list)
+    first_text_s: float | None = None
+    first_audio_s: float | None = None
+    total_s: float = 0.0
+
+    def events(self) -> Iterator[TextDelta | AudioChunk]:
+        """Text as it is written, then speech as it is vocoded. Closing it stops the work."""
+        speech: list[Speech] = []
+        for piece in self._think(speech):
+            if self.first_text_s is None:
+                self.first_text_s = time.perf_counter() - self.started
+            self.text.append(piece)
+            yield TextDelta(piece)
+        # A reply that ends at once has nothing to say.
+        if speech and len(speech[0].reply_states):
+            for chunk in self._speak(speech.pop()):
+                if self.first_audio_s is None:
+                    self.first_audio_s = time.perf_counter() - self.started
+                self.samples.append(chunk.samples)
+                yield chunk
+        self.total_s = time.perf_counter() - self.started
+
+    @property
+    def audio(self) -> np.ndarray | None:
+        """The speech so far, float32 mono; None where none was asked for."""
+        if self.voice is None:
+            return None
+        return np.concatenate([np.zeros(0, np.float32), *self.samples])
+
+    @property
+    def _seeds(self) -> Seeds:
+        return Seeds.of_request(self.settings.seed)
+
+    def _think(self, speech: list[Speech]) -> Iterator[str]:
+        """Pieces of the reply's text; what the Talker needs goes into `speech`, if it speaks."""
+        context, prompt, config = self.context, self.prompt, self.checkpoint.config.thinker
+        embeds = embed_prompt(context, prompt)
+        if prompt.vision:
+            encode_vision(context, prompt, embeds)
+        if prompt.audio:
+            encode_audio(context, prompt, embeds, config.audio)
+        speaks = self.voice is not None
+        with ExitStack() as stack:
+            with context.phase("prefill"):
+                model = stack.enter_context(context.use("text"))
+                max_tokens = len(prompt.ids) + self.settings.max_new_tokens
+                cache = stack.enter_context(context.kv_cache("thinker", config.text, max_tokens))
+                thinker = Thinker(context, model, cache)
+                logits, states = thinker.prefill(embeds, prompt.positions, keep_states=speaks)
+            replies: list[torch.Tensor] = []
+            yield from self._decode(thinker, logits, replies)
+        if speaks:
+            embeds.index_fill_(0, media_slots(prompt).to(context.host), 0)
+            none = embeds[:0]
+            speech.append(Speech(states + embeds, torch.cat([none, *replies]), prompt.positions))
+
+    def _decode(
+        self, thinker: Thinker, logits: torch.Tensor, replies: list[torch.Tensor]
+    ) -> Iterator[str]:
+        """Draws tokens until the reply ends; the token that ends it is kept, but not written."""
+        context, settings = self.context, self.settings
+        sampler = Sampler(
+            settings.sampling, seed=self._seeds.text, history=self.prompt.ids.tolist()
+        )
+        words = self.tokenizer.stream()
+        while True:
+            with context.phase("decode"):
+                token = sampler(logits)
+            self.tokens.append(token)
+            if token in self.checkpoint.generation.eos_token_ids:
+                break
+            if piece := words.push(token):
+                yield piece
+            if len(self.tokens) == settings.max_new_tokens:
+                break
+            embed = embed_tokens(context, [token])
+            position = self.prompt.next_position + len(self.tokens) - 1
+            with context.phase("decode"):
+                logits, hidden = thinker.step(embed, position)
+                if self.voice is not None:
+                    replies.append(context.to_host(hidden) + embed)
+        if piece := words.finish():
+            yield piece
+
+    def _speak(self, speech: Speech) -> Iterator[AudioChunk]:
+        """Interleaved where the plan holds Talker and vocoder together, else one after the other.
+
+        Pieces depend on the codes alone, so both orders give the same samples.
+        """
+        if any(row.name == "talk+vocode" for row in self.context.plan.phases):
+            with ExitStack() as stack:
+                with self.context.phase("talk"):
+                    stream = self._open_stream(stack)
+                yield from self._vocode(stream, self._talk(speech))
+            return
+        codes = list(self._talk(speech))
+        with ExitStack() as stack:
+            with self.context.phase("vocode"):
+                stream = self._open_stream(stack)
+            yield from self._vocode(stream, iter(codes))
+
+    def _open_stream(self, stack: ExitStack) -> SpeechStream:
+        assert self.voice is not None
+        token2wav = stack.enter_context(self.context.use("token2wav"))
+        settings = VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
+        return SpeechStream(token2wav, self.voice, NoiseSource(self._seeds.noise), settings)
+
+    def _talk(self, speech: Speech) -> Iterator[int]:
+        context, config = self.context, self.checkpoint.config.talker
+        assert config is not None and self.voice is not None
+        defaults = self.checkpoint.generation
+        max_codes = self.settings.max_codes(defaults.max_codes)
+        max_tokens = len(speech.prompt_states) + 2 + max_codes
+        with ExitStack() as stack:
+            with context.phase("talk"):
+                model = stack.enter_context(context.use("talker"))
+                cache = stack.enter_context(context.kv_cache("talker", config.decoder, max_tokens))
+            for code in talk(
+                context,
+                model,
+                cache,
+                config,
+                speech,
+                voice_token=self.voice.bos_token,
+                sampler=codec_sampler(
+                    config, self.settings.talker_sampling, seed=self._seeds.codes
+                ),
+                defaults=defaults,
+                max_codes=max_codes,
+            ):
+                self.codes.append(code)
+                yield code
+
+    def _vocode(self, stream: SpeechStream, codes: Iterator[int]) -> Iterator[AudioChunk]:
+        """Sound as soon as a piece's codes are there, then the rest."""
+        dit = self.checkpoint.config.dit
+        assert dit is not None
+        for code in codes:
+            # Control codes have no sound of their own; the null code keeps their 20 ms.
+            sound = code if code <= dit.num_embeds else 0
+            yield from self._emit(stream.push([sound]))
+        yield from self._emit(stream.finish())
+
+    def _emit(self, pieces: Iterator[SpeechPiece]) -> Iterator[AudioChunk]:
+        while True:
+            with self.context.phase("vocode"):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            start_s = sum(map(len, self.samples)) / SAMPLE_RATE
+            yield AudioChunk(piece.samples, SAMPLE_RATE, start_s, piece.codes)

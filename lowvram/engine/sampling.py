@@ -1,0 +1,75 @@
+"""Drawing the next token. The order of the steps is that of transformers' `generate`:
+repetition penalty, suppressed tokens, temperature, top-k, top-p, draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lowvram.settings import SamplingSettings
+
+
+class Sampler:
+    """Draws token ids from logits, with a history for the repetition penalty.
+
+    Draws happen on the CPU from a generator of its own, so that the same seed gives the same ids
+    on every device. Plain greedy needs no history and leaves the logits where they are.
+
+    On the `meta` device, where logits have no values, every draw is token 0.
+    """
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        *,
+        seed: int,
+        suppress: Sequence[int] = (),
+        history: Sequence[int] = (),
+    ) -> None:
+        self._settings = settings
+        self._generator = torch.Generator().manual_seed(seed)
+        self._suppress = torch.tensor(list(suppress), dtype=torch.long)
+        self._seen = torch.tensor(sorted(set(history)), dtype=torch.long)
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        """The next id from `logits` [1, V]."""
+        if logits.is_meta:
+            return 0
+        scores = logits[0].float()
+        if not self._plain:
+            scores = self._penalised(scores.cpu())
+        if len(self._suppress):
+            scores = scores.index_fill(0, self._suppress.to(scores.device), -torch.inf)
+        token = int(scores.argmax()) if not self._settings.temperature else self._draw(scores)
+        if self._settings.repetition_penalty != 1:
+            self._seen = torch.unique(torch.cat([self._seen, torch.tensor([token])]))
+        return token
+
+    @property
+    def _plain(self) -> bool:
+        return not self._settings.temperature and self._settings.repetition_penalty == 1
+
+    def _penalised(self, scores: torch.Tensor) -> torch.Tensor:
+        """Divides positive and multiplies negative scores of ids already seen by the penalty."""
+        penalty = self._settings.repetition_penalty
+        if penalty == 1 or not len(self._seen):
+            return scores
+        picked = scores[self._seen]
+        return scores.index_copy(
+            0, self._seen, torch.where(picked < 0, picked * penalty, picked / penalty)
+        )
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        settings = self._settings
+        scores = scores / settings.temperature
+        if settings.top_k and settings.top_k < len(scores):
+            floor = scores.topk(settings.top_k).values[-1]
+            scores = scores.masked_fill(scores < floor, -torch.inf)
+        if settings.top_p < 1:
+            ordered, order = scores.sort()
+            # Cut the tail whose whole probability is at most 1 - top_p; the likeliest id stays.
+            cut = ordered.softmax(0).cumsum(0) <= 1 - settings.top_p
+            cut[-1] = False
+            scores = scores.index_fill(0, order[cut], -torch.inf)
+        return int(torch.multinomial(scores.softmax(0), 1, generator=self._generator))

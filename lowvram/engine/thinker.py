@@ -1,0 +1,61 @@
+"""The Thinker over one prompt: prefill in chunks, then a token at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lowvram.engine.context import Context
+from lowvram.models.kv_cache import KVCache
+from lowvram.models.text import ThinkerText
+from lowvram.planner.laws import PREFILL_CHUNK
+from lowvram.quant import kernel_phase
+
+
+class Thinker:
+    """The text model, its KV cache, and how far the cache is filled."""
+
+    def __init__(self, context: Context, model: ThinkerText, cache: KVCache) -> None:
+        self._context = context
+        self._model = model
+        self._cache = cache
+        self._filled = 0
+
+    def prefill(
+        self, embeds: torch.Tensor, positions: np.ndarray, *, keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt.
+
+        Args:
+            embeds: [T, H] on the host.
+            positions: int64 [3, T].
+            keep_states: whether the last hidden state of every token goes to the host.
+
+        Returns:
+            Logits of the last position [1, V], and the last hidden states [T, H] (or [0, H]).
+        """
+        kept = []
+        place = torch.from_numpy(positions)[:, None]
+        with kernel_phase("prefill"):
+            for start in range(0, len(embeds), PREFILL_CHUNK):
+                stop = start + PREFILL_CHUNK
+                hidden = self._forward(embeds[None, start:stop], place[..., start:stop])
+                if keep_states:
+                    kept.append(self._context.to_host(hidden[0]))
+            logits = self._model.logits(hidden[:, -1])
+        return logits, torch.cat(kept) if keep_states else embeds[:0]
+
+    def step(self, embed: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feed one embedding [1, H]; returns its logits [1, V] and last hidden state [1, H]."""
+        place = torch.full((3, 1, 1), position, dtype=torch.long)
+        with kernel_phase("decode"):
+            hidden = self._forward(embed[None], place)[:, -1]
+            return self._model.logits(hidden), hidden
+
+    def _forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        decoder = self._model.model
+        x = self._context.to_device(x)
+        rope = decoder.rope(positions.to(x.device), x.dtype)
+        hidden: torch.Tensor = decoder(x, rope, self._cache, self._filled)
+        self._filled += x.shape[1]
+        return hidden

@@ -1,0 +1,104 @@
+"""What a request takes by name, and how that becomes settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from lowvram.conversation import MediaSettings
+from lowvram.errors import UsageError
+from lowvram.settings import TALKER_SAMPLING, GenerationSettings, SamplingSettings, Solver
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages in the format of the model cards: `role`, and `content` as text or as a list of
+`{"type": "text" | "image" | "audio" | "video", ...}`; media as path, http(s) or data URL, bytes,
+PIL image or numpy array."""
+
+
+class Options(TypedDict, total=False):
+    """What `plan`, `generate` and `stream` take by name, all optional.
+
+    `speaker`: a voice by name (the checkpoint's first). `return_audio`: speak or not (as loaded).
+    `max_new_tokens`: of text (1024). `max_speech_seconds`: bounds the speech, and sizes its memory.
+    `temperature` (0 is greedy), `top_p`, `top_k`, `repetition_penalty`: how text is drawn; the
+    same with `talker_` before it: how codes are drawn.
+    `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: vocode
+    in one piece. `system`: a system prompt for conversations without one. `fps`, `max_frames`,
+    `min_pixels`, `max_pixels`: how video and images are sampled. `use_audio_in_video`: hear the
+    sound track of videos (True).
+    """
+
+    speaker: str | None
+    return_audio: bool | None
+    max_new_tokens: int
+    max_speech_seconds: float | None
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    talker_temperature: float
+    talker_top_p: float
+    talker_top_k: int
+    talker_repetition_penalty: float
+    seed: int | None
+    solver: Solver
+    whole_speech: bool
+    system: str | None
+    fps: float
+    max_frames: int
+    min_pixels: int | None
+    max_pixels: int | None
+    use_audio_in_video: bool
+
+
+_MEDIA = {"fps", "max_frames", "min_pixels", "max_pixels"}
+_SAMPLING = {"temperature", "top_p", "top_k", "repetition_penalty"}
+_REQUEST = {"speaker", "max_new_tokens", "max_speech_seconds", "solver", "whole_speech"}
+
+
+def split_options(
+    options: Options, *, seed: int, speech: bool
+) -> tuple[GenerationSettings, MediaSettings]:
+    """Settings of the request and of its media; `seed` and `speech` are those of the model.
+
+    Raises:
+        UsageError: an unknown name, a value out of range, or speech from a model that has none.
+    """
+    given: dict[str, Any] = dict(options)
+    known = Options.__optional_keys__
+    if unknown := given.keys() - known:
+        raise UsageError(
+            f"unknown option {min(unknown)!r}; wanted some of {', '.join(sorted(known))}"
+        )
+    if given.get("return_audio") and not speech:
+        raise UsageError(
+            "return_audio is set, but this model was loaded without speech or has none; "
+            "load it with speech=True, or a checkpoint with a Talker"
+        )
+    wanted = given.get("return_audio")
+    own_seed = given.get("seed")
+    settings = GenerationSettings(
+        **_picked(given, _REQUEST),
+        speech=speech if wanted is None else wanted,
+        seed=seed if own_seed is None else own_seed,
+        sampling=replace(SamplingSettings(), **_picked(given, _SAMPLING)),
+        talker_sampling=replace(TALKER_SAMPLING, **_picked(given, _SAMPLING, "talker_")),
+    )
+    media = _picked(given, _MEDIA)
+    if "use_audio_in_video" in given:
+        media["audio_in_video"] = given["use_audio_in_video"]
+    return settings, MediaSettings(**media)
+
+
+def with_system(conversation: Conversation, system: str | None) -> list[Mapping[str, Any]]:
+    """The conversation, led by that system prompt unless it brings its own."""
+    messages = list(conversation)
+    if system is None or (messages and messages[0].get("role") == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _picked(given: Mapping[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
+    """Those of `names` that were given under `prefix`, without it."""
+    return {name: given[prefix + name] for name in names if prefix + name in given}

@@ -1,0 +1,62 @@
+"""The modules that are loaded and dropped as one: how each is built, and where its weights lie."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.models.audio import AudioTower
+from lowvram.models.linear import LinearFactory, dense
+from lowvram.models.talker import Talker
+from lowvram.models.text import ThinkerText
+from lowvram.models.token2wav import Token2Wav
+from lowvram.models.vision import VisionTower
+from lowvram.offload import Part
+from lowvram.quant import QuantLinear
+
+Kernel = Literal["auto", "reference"]
+
+
+def build_parts(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, speech: bool, kernel: Kernel
+) -> list[Part]:
+    """Every module a request may need, in the order of the phases.
+
+    Token2wav is float32 whatever `dtype` says: its authors state that 16 bits are audible
+    (QwenLM/Qwen2.5-Omni#90). Without `speech` the Talker and the vocoder are not even named, so
+    nothing can read them.
+    """
+    config = checkpoint.config
+    linear = linear_factory(checkpoint, kernel)
+    thinker = config.thinker
+    parts = [
+        Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
+        Part("audio", "thinker.audio_tower.", partial(AudioTower, thinker.audio), dtype),
+        Part("text", "thinker.", partial(ThinkerText, thinker, linear), dtype),
+    ]
+    if speech and config.talker and config.dit and config.bigvgan:
+        parts += [
+            Part("talker", "talker.", partial(Talker, config.talker), dtype),
+            Part("token2wav", "token2wav.", partial(Token2Wav, config), torch.float32),
+        ]
+    return parts
+
+
+def linear_factory(checkpoint: Checkpoint, kernel: Kernel) -> LinearFactory:
+    """Dense or packed, linear by linear, by what the file holds.
+
+    The list of modules that a checkpoint's own config says are not converted is incomplete in the
+    published AWQ file, so it is not asked.
+    """
+    quant = checkpoint.config.quant
+
+    def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if quant is None or not checkpoint.quantized(name):
+            return dense(name, in_features, out_features, bias)
+        return QuantLinear(in_features, out_features, bias, quant.group_size, kernel=kernel)
+
+    return build

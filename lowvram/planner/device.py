@@ -1,0 +1,116 @@
+"""What the planner knows of a device, and the budget that a request gets on it. No torch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from lowvram.errors import DeviceError, UsageError
+from lowvram.offload import Budget, default_device, devices, format_size, guard_bytes, parse_size
+
+ASSUMED_CONTEXT_BYTES = int(0.45 * 2**30)
+"""What a driver takes before the first tensor, where it has not been measured (cuda, npu)."""
+
+DEVICE_TYPES = ("cpu", "cuda", "npu", "meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """A device as the planner sees it.
+
+    `free_bytes` is what this process could hold on it in all, context included; it and
+    `total_bytes` are None where the device is not present. `assumed` says that the context is an
+    assumption, not a measurement.
+    """
+
+    name: str
+    type: str
+    total_bytes: int | None
+    free_bytes: int | None
+    context_bytes: int
+    assumed: bool = False
+
+
+def probe_device(name: str) -> DeviceFacts:
+    """Facts about a device by name (`auto`, `cpu`, `cuda[:i]`, `npu[:i]`, `meta`), without torch.
+
+    Raises:
+        UsageError: a name that is none of these.
+    """
+    if name == "auto":
+        name = default_device()
+    kind, _, index = name.partition(":")
+    if kind not in DEVICE_TYPES or (index and not index.isdigit()):
+        raise UsageError(
+            f"unknown device {name!r}; wanted auto, {', '.join(DEVICE_TYPES)} or cuda:1"
+        )
+    own = 0 if kind in ("cpu", "meta") else ASSUMED_CONTEXT_BYTES
+    for device in devices():
+        if device.name == name or (not index and device.name in (kind, f"{kind}:0")):
+            return DeviceFacts(
+                name=device.name,
+                type=kind,
+                total_bytes=device.total_bytes,
+                free_bytes=device.free_bytes,
+                context_bytes=own,
+                assumed=own > 0,
+            )
+    return DeviceFacts(
+        name=name, type=kind, total_bytes=None, free_bytes=None, context_bytes=own, assumed=own > 0
+    )
+
+
+def decide_budget(max_memory: str | int | float | None, facts: DeviceFacts) -> Budget:
+    """The budget on that device: what was asked for, at most what is free; by default all of that.
+
+    Warns once when the number asked for is above the free memory, and lowers it.
+
+    Raises:
+        UsageError: no size, or more than the device has.
+        DeviceError: nothing was asked for and the device is not there to be asked.
+    """
+    if max_memory is None:
+        if facts.free_bytes is None:
+            if facts.type == "meta":
+                return _budget(2**50, facts)
+            raise DeviceError(
+                f"{facts.name} is not present, so its free memory is not known; "
+                "say how much there is with --max-memory (max_memory=)"
+            )
+        return _budget(facts.free_bytes, facts)
+    asked = parse_size(max_memory)
+    if facts.total_bytes is not None and asked > facts.total_bytes:
+        raise UsageError(
+            f"--max-memory {format_size(asked)} is more than {facts.name} has "
+            f"({format_size(facts.total_bytes)}); ask for less"
+        )
+    if facts.free_bytes is not None and asked > facts.free_bytes:
+        warnings.warn(
+            f"--max-memory {format_size(asked)} lowered to the {format_size(facts.free_bytes)} "
+            f"that {facts.name} has free",
+            stacklevel=2,
+        )
+        asked = facts.free_bytes
+    return _budget(asked, facts)
+
+
+def _budget(asked: int, facts: DeviceFacts) -> Budget:
+    return Budget(
+        budget_bytes=asked, context_bytes=facts.context_bytes, guard_bytes=guard_bytes(asked)
+    )
+
+
+def resolve_dtype(requested: str, stored: str, device_type: str) -> tuple[str, str]:
+    """The compute type and why: as stored, but no float16 on the CPU, which is slow at it.
+
+    Raises:
+        UsageError: a type that is none of `auto`, `float32`, `bfloat16`, `float16`.
+    """
+    known = ("float32", "bfloat16", "float16")
+    if requested == "auto":
+        if stored == "float16" and device_type == "cpu":
+            return "bfloat16", "stored as float16, for which the CPU has no fast kernels"
+        return stored, "as stored"
+    if requested not in known:
+        raise UsageError(f"unknown dtype {requested!r}; wanted auto, {', '.join(known)}")
+    return requested, "asked for"

@@ -1,0 +1,90 @@
+"""How many bytes each phase holds besides weights: laws over shapes, as upper bounds.
+
+The coefficients count the tensors that are alive at once in the engine's own code; a test runs
+that code on the `meta` device at many shapes and holds the meter's peak against them.
+All functions return bytes. No torch.
+"""
+
+from __future__ import annotations
+
+from lowvram.config import AudioConfig, BigVGANConfig, DecoderConfig, DiTConfig, VisionConfig
+
+PREFILL_CHUNK = 512
+"""Prompt tokens that go through all layers at once. Fixed, so that no budget changes a rounding."""
+
+ATTENTION_BLOCK = 512
+"""Query rows and keys of one block of the online softmax (`models/attention.py`)."""
+
+FLOAT = 4
+
+
+def kv_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """Keys and values of `tokens` positions in every layer."""
+    width = decoder.num_key_value_heads * decoder.head_dim
+    return 2 * decoder.num_hidden_layers * tokens * width * itemsize
+
+
+def states_bytes(width: int, tokens: int, itemsize: int) -> int:
+    """One row of `width` for each of `tokens`: prompt embeddings, or hidden states."""
+    return width * tokens * itemsize
+
+
+def vision_bytes(config: VisionConfig, patches: int, itemsize: int) -> int:
+    """One frame pair of `patches` patches through the tower."""
+    width, inner = config.hidden_size, config.intermediate_size
+    residual = 2 * width * itemsize
+    attention = (4 * width + width) * itemsize + 2 * width * FLOAT
+    mlp = (width + 3 * inner) * itemsize + width * FLOAT
+    tables = 4 * (width // config.num_heads) * FLOAT
+    entry = config.patch_values * (itemsize + FLOAT)
+    return patches * (residual + max(attention, mlp, entry) + tables)
+
+
+def audio_bytes(config: AudioConfig, itemsize: int) -> int:
+    """One window of 2 s through the tower."""
+    frames, width, inner = 2 * config.n_window, config.d_model, config.encoder_ffn_dim
+    entry = frames * (config.num_mel_bins + 3 * width) * itemsize
+    tokens = frames // 2
+    layer = tokens * (6 * width + 2 * inner) * itemsize + tokens * width * FLOAT
+    return max(entry, layer) + tokens * 2 * width * FLOAT
+
+
+def prefill_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """One chunk of a prompt of `tokens` tokens through a decoder, and its last logits."""
+    chunk = min(tokens, PREFILL_CHUNK)
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    width, inner = config.hidden_size, config.intermediate_size
+    residual = 2 * width * itemsize + 4 * dim * FLOAT
+    qkv = (2 * heads + 3 * kv_heads) * dim * itemsize
+    block = min(ATTENTION_BLOCK, tokens)
+    softmax = heads * (2 * block * FLOAT + 3 * dim * FLOAT)
+    norm = width * (itemsize + 2 * FLOAT)
+    mlp = 3 * inner * itemsize + width * itemsize
+    return chunk * (residual + max(qkv + softmax, norm, mlp)) + config.vocab_size * (
+        itemsize + FLOAT
+    )
+
+
+def decode_bytes(config: DecoderConfig, itemsize: int) -> int:
+    """One token through a decoder; the sampler's copies of the logits are what matters."""
+    return config.vocab_size * (itemsize + 4 * FLOAT) + prefill_bytes(config, 1, itemsize)
+
+
+def dit_bytes(config: DiTConfig, frames: int) -> int:
+    """One velocity evaluation (both guidance branches, float32) over `frames` mel frames."""
+    width = config.hidden_size
+    inner = config.ff_mult * width
+    layer = max(7 * width + 4 * width, 2 * width + 2 * inner)
+    return 2 * frames * (2 * width + layer + config.emb_dim + 4 * config.mel_dim) * FLOAT
+
+
+def bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
+    """`frames` mel frames through the vocoder, float32."""
+    peak, channels, length = 0, config.upsample_initial_channel, frames
+    for rate in config.upsample_rates:
+        channels //= 2
+        length *= rate
+        # Around one anti-aliased activation: the block's input, the running sum, the padded and
+        # doubled signal and its snake; 2 samples for 1 between the two filters.
+        peak = max(peak, channels * length * (4 + 2 * 4))
+    return peak * FLOAT

@@ -1,0 +1,80 @@
+"""The phases of a request, before anything is decided about where modules stay. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.conversation import PromptShape
+from lowvram.engine.pieces import VocodeSettings
+from lowvram.planner import laws
+from lowvram.settings import GenerationSettings
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class PhaseLoad:
+    """A phase: the modules it runs, and the bytes it holds besides their weights."""
+
+    name: str
+    modules: tuple[str, ...]
+    kv: int = 0
+    carry: int = 0
+    activations: int = 0
+
+    def joined(self, other: PhaseLoad) -> PhaseLoad:
+        """Both interleaved: what each keeps adds up; of their activations the larger counts."""
+        return PhaseLoad(
+            f"{self.name}+{other.name}",
+            self.modules + other.modules,
+            self.kv + other.kv,
+            max(self.carry, other.carry),
+            max(self.activations, other.activations),
+        )
+
+
+def request_phases(
+    checkpoint: Checkpoint,
+    shape: PromptShape,
+    settings: GenerationSettings,
+    *,
+    dtype: str,
+    host_is_device: bool,
+) -> list[PhaseLoad]:
+    """The phases of one request, in order.
+
+    `host_is_device`: on the CPU the prompt's embeddings and states count against the budget; else
+    they wait on the host and cost the device nothing.
+    """
+    config = checkpoint.config
+    text = config.thinker.text
+    size = ITEMSIZE[dtype]
+    tokens, reply = shape.tokens, settings.max_new_tokens
+    row = laws.states_bytes(text.hidden_size, 1, size)
+    prompt = tokens * row if host_is_device else 0
+    states = (2 * tokens + reply) * row if host_is_device and settings.speech else 0
+    phases = []
+    if shape.grids:
+        largest = max(height * width for _, height, width in shape.grids)
+        work = laws.vision_bytes(config.thinker.vision, largest, size)
+        phases.append(PhaseLoad("vision", ("visual",), carry=prompt, activations=work))
+    if shape.audio_frames:
+        work = laws.audio_bytes(config.thinker.audio, size)
+        phases.append(PhaseLoad("audio", ("audio",), carry=prompt, activations=work))
+    kv = laws.kv_bytes(text, tokens + reply, size)
+    work = laws.prefill_bytes(text, tokens, size)
+    phases.append(PhaseLoad("prefill", ("text",), kv, prompt + states, work))
+    work = laws.decode_bytes(text, size)
+    phases.append(PhaseLoad("decode", ("text",), kv, prompt + states, work))
+    if settings.speech and config.talker and config.dit and config.bigvgan:
+        codes = settings.max_codes(checkpoint.generation.max_codes)
+        decoder = config.talker.decoder
+        kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
+        work = laws.prefill_bytes(decoder, tokens + 2, size)
+        phases.append(PhaseLoad("talk", ("talker",), kv, states, work))
+        pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
+        window, frames = pieces.largest_pass(codes)
+        work = max(laws.dit_bytes(config.dit, window), laws.bigvgan_bytes(config.bigvgan, frames))
+        phases.append(PhaseLoad("vocode", ("token2wav",), activations=work))
+    return phases

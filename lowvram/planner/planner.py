@@ -1,0 +1,246 @@
+"""From a request and a budget to a plan: which modules stay, and what each phase holds. No torch.
+
+Among the choices that fit, the one that moves the fewest bytes in the next request wins; among
+those, the one that vocodes while the Talker still draws codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.conversation import PromptShape, check_window
+from lowvram.errors import UsageError
+from lowvram.offload import Budget, format_size, guard_bytes
+from lowvram.planner.device import DeviceFacts, decide_budget, probe_device, resolve_dtype
+from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
+from lowvram.planner.plan import PhasePlan, Plan
+from lowvram.settings import GenerationSettings
+
+MODULES = ("visual", "audio", "text", "talker", "token2wav")
+
+ACCELERATOR_WORKSPACE_BYTES = 64 * 2**20
+"""Matrix libraries' own buffers and the allocator's rounding on cuda and npu; an upper bound."""
+
+OPTIONS = ("head8", "head4", "talker8", "kv8", "vocoder16")
+"""Names that `allow` takes: options that change results, and are used only where named."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run the phases: what stays on the device throughout, and the rows that follow."""
+
+    resident: frozenset[str]
+    rows: tuple[PhasePlan, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(row.predicted_peak_bytes for row in self.rows)
+
+    @property
+    def interleaved(self) -> bool:
+        return any("+" in row.name for row in self.rows)
+
+
+def plan_request(
+    checkpoint: Checkpoint,
+    shape: PromptShape,
+    settings: GenerationSettings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: str | int | float | None = None,
+    allow: Sequence[str] = (),
+) -> Plan:
+    """The plan for a request on a device that need not be opened, nor even be present.
+
+    Raises:
+        UsageError: an unknown device, type, option or size; a prompt beyond the model's window.
+        DeviceError: an absent device and no budget.
+    """
+    facts = probe_device(device)
+    budget = decide_budget(max_memory, facts)
+    name, why = resolve_dtype(dtype, checkpoint.stored_dtype, facts.type)
+    plan = make_plan(
+        checkpoint, shape, settings, facts=facts, budget=budget, dtype=name, allow=allow
+    )
+    return replace(plan, reasons=(*plan.reasons, f"{name}: {why}"))
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    shape: PromptShape,
+    settings: GenerationSettings,
+    *,
+    facts: DeviceFacts,
+    budget: Budget,
+    dtype: str,
+    allow: Sequence[str] = (),
+    on_device: frozenset[str] = frozenset(),
+) -> Plan:
+    """The plan for a request within `budget`; `fits` is False where none does.
+
+    `on_device` are the modules that an earlier request left there; the plan keeps those that this
+    one does not use, as far as they fit.
+    """
+    check_options(allow)
+    text = checkpoint.config.thinker.text
+    check_window(shape.next_position, settings.max_new_tokens, text.max_position_embeddings)
+    size = ITEMSIZE[dtype]
+    weights = {module: checkpoint.part_bytes(module, size) for module in MODULES}
+
+    def choose(changed: GenerationSettings) -> list[Choice]:
+        on_host = facts.type == "cpu"
+        phases = request_phases(checkpoint, shape, changed, dtype=dtype, host_is_device=on_host)
+        return list(_choices(phases, weights, facts, on_device))
+
+    choices = choose(settings)
+    smallest = min(choice.peak for choice in choices)
+    room = budget.budget_bytes - budget.guard_bytes
+    fitting = [choice for choice in choices if choice.peak <= room]
+    used = {module for row in choices[0].rows for module in row.modules}
+    if fitting:
+        best = max(fitting, key=lambda c: _worth(c, used, weights))
+        knobs = {}
+    else:
+        best = min(choices, key=lambda c: c.peak)
+        knobs = {
+            knob: minimum_budget(min(choice.peak for choice in choose(changed)))
+            for knob, changed in _knobs(settings)
+        }
+    minimum = minimum_budget(smallest)
+    return Plan(
+        fits=bool(fitting),
+        model=checkpoint.name,
+        device=facts.name,
+        dtype=dtype,
+        budget_bytes=budget.budget_bytes,
+        context_bytes=facts.context_bytes,
+        guard_bytes=budget.guard_bytes,
+        predicted_peak_bytes=best.peak,
+        minimum_budget_bytes=minimum,
+        phases=best.rows,
+        residency=_residency(best, used),
+        bytes_to_move=sum(weights[m] for m in used - (on_device & best.resident)),
+        reasons=_reasons(best, used, weights, facts, budget, minimum, allow),
+        knobs={knob: size for knob, size in knobs.items() if size < minimum},
+    )
+
+
+def _knobs(settings: GenerationSettings) -> Iterator[tuple[str, GenerationSettings]]:
+    """Changes that a user could make to a request that does not fit, by flag."""
+    if settings.speech:
+        yield "--no-speech", replace(settings, speech=False)
+        yield "--max-speech 10", replace(settings, max_speech_seconds=10.0)
+    if settings.max_new_tokens > 256:
+        yield "--max-tokens 256", replace(settings, max_new_tokens=256)
+
+
+def check_options(allow: Sequence[str]) -> None:
+    """Raises UsageError for a name that is none of `OPTIONS`."""
+    for name in allow:
+        if name not in OPTIONS:
+            raise UsageError(
+                f"unknown option {name!r} in allow; wanted some of {', '.join(OPTIONS)}"
+            )
+
+
+def minimum_budget(peak: int) -> int:
+    """The smallest budget whose guard still leaves `peak`."""
+    budget = peak + guard_bytes(peak)
+    while budget - guard_bytes(budget) < peak:
+        budget += peak - (budget - guard_bytes(budget))
+    return budget
+
+
+def _choices(
+    phases: list[PhaseLoad],
+    weights: Mapping[str, int],
+    facts: DeviceFacts,
+    on_device: frozenset[str],
+) -> Iterator[Choice]:
+    """Every set of modules to keep, with the last two phases apart and (when both speak) joined."""
+    orders = [phases]
+    if phases[-1].name == "vocode":
+        orders.append([*phases[:-2], phases[-2].joined(phases[-1])])
+    candidates = sorted({m for phase in phases for m in phase.modules} | on_device)
+    for order in orders:
+        for count in range(len(candidates) + 1):
+            for kept in combinations(candidates, count):
+                resident = frozenset(kept)
+                rows = tuple(_row(phase, resident, weights, facts) for phase in order)
+                yield Choice(resident, rows)
+
+
+def _row(
+    phase: PhaseLoad, resident: frozenset[str], weights: Mapping[str, int], facts: DeviceFacts
+) -> PhasePlan:
+    there = tuple(m for m in MODULES if m in resident or m in phase.modules)
+    parts = {
+        "weights": sum(weights[m] for m in there),
+        "slabs": 0,
+        "kv": phase.kv,
+        "carry": phase.carry,
+        "activations": phase.activations,
+        "workspace": ACCELERATOR_WORKSPACE_BYTES if facts.type in ("cuda", "npu") else 0,
+    }
+    stays = [m for m in phase.modules if m in resident]
+    return PhasePlan(
+        name=phase.name,
+        predicted_peak_bytes=facts.context_bytes + sum(parts.values()),
+        parts=parts,
+        modules=phase.modules,
+        on_device=there,
+        reason=f"{', '.join(phase.modules)}: {'stays' if stays else 'loaded for this phase'}",
+    )
+
+
+def _worth(choice: Choice, used: set[str], weights: Mapping[str, int]) -> tuple[int, bool, int]:
+    """Bytes that the next such request need not move; then early speech; then leftovers kept."""
+    saved = sum(weights[m] for m in choice.resident & used)
+    return saved, choice.interleaved, sum(weights[m] for m in choice.resident)
+
+
+def _residency(choice: Choice, used: set[str]) -> dict[str, str]:
+    where = {"embed": "host"}
+    for module in MODULES:
+        if module in choice.resident:
+            where[module] = "resident"
+        else:
+            where[module] = "on demand" if module in used else "unused"
+    return where
+
+
+def _reasons(
+    choice: Choice,
+    used: set[str],
+    weights: Mapping[str, int],
+    facts: DeviceFacts,
+    budget: Budget,
+    minimum: int,
+    allow: Sequence[str],
+) -> tuple[str, ...]:
+    peak = max(choice.rows, key=lambda row: row.predicted_peak_bytes)
+    lines = [f"the peak is {peak.name}: {format_size(peak.predicted_peak_bytes)}"]
+    if choice.peak > budget.budget_bytes - budget.guard_bytes:
+        lines.append(f"the smallest budget that would do is {format_size(minimum)}")
+    for module in MODULES:
+        if module not in used:
+            continue
+        bytes_ = format_size(weights[module])
+        if module in choice.resident:
+            lines.append(f"{module} ({bytes_}) stays: every phase fits beside it")
+        else:
+            lines.append(f"{module} ({bytes_}) is loaded for its phase and dropped after it")
+    if "token2wav" in used:
+        lines.append(
+            "speech is vocoded while codes are drawn: Talker and vocoder fit together"
+            if choice.interleaved
+            else "speech is vocoded after all codes are drawn: Talker and vocoder do not both fit"
+        )
+    if facts.assumed:
+        lines.append(f"context {format_size(facts.context_bytes)} is assumed, not measured")
+    lines += [f"{name} is allowed; no plan of this version uses it" for name in allow]
+    return tuple(lines)

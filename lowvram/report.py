@@ -1,0 +1,109 @@
+"""What a request took: predicted against measured, phase by phase. Printable, and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowvram.offload import format_size
+from lowvram.planner.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseReport:
+    """One phase as it ran. Both peaks include the device's context; neither includes the guard."""
+
+    name: str
+    seconds: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The measured side of a `Plan`.
+
+    Seconds count from the start of the request. `bytes_host_to_device` is what this request
+    loaded; modules that were resident already cost nothing. `host_peak_bytes` is the largest
+    resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
+    """
+
+    phases: tuple[PhaseReport, ...]
+    budget_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    first_text_s: float | None
+    first_audio_s: float | None
+    total_s: float
+    bytes_host_to_device: int
+    host_peak_bytes: int
+    prompt_tokens: int
+    reply_tokens: int
+    codes: int
+    audio_seconds: float
+    seed: int
+    timeline: tuple[tuple[float, str, int], ...] = ()
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds of talking and vocoding for each second of speech; None where there is none."""
+        if not self.audio_seconds:
+            return None
+        spent = sum(p.seconds for p in self.phases if {"talk", "vocode"} & set(p.name.split("+")))
+        return spent / self.audio_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names above and `real_time_factor`."""
+        return asdict(self) | {"real_time_factor": self.real_time_factor}
+
+    def __str__(self) -> str:
+        rows = [("phase", "seconds", "predicted", "measured", "of predicted")]
+        for phase in self.phases:
+            share = phase.measured_peak_bytes / max(phase.predicted_peak_bytes, 1)
+            rows.append(
+                (
+                    phase.name,
+                    f"{phase.seconds:.2f}",
+                    format_size(phase.predicted_peak_bytes),
+                    format_size(phase.measured_peak_bytes),
+                    f"{share:.0%}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines.append("")
+        lines.append(
+            f"{self.prompt_tokens} tokens in, {self.reply_tokens} out; "
+            f"{self.audio_seconds:.2f} s of speech; "
+            f"{format_size(self.bytes_host_to_device)} loaded; "
+            f"process peak {format_size(self.host_peak_bytes)}"
+        )
+        times = [f"total {self.total_s:.2f} s"]
+        if self.first_text_s is not None:
+            times.append(f"first text {self.first_text_s:.2f} s")
+        if self.first_audio_s is not None:
+            times.append(f"first audio {self.first_audio_s:.2f} s")
+        if self.real_time_factor is not None:
+            times.append(f"{self.real_time_factor:.2f} s per second of speech")
+        lines.append("; ".join(times))
+        return "\n".join(lines)
+
+
+def phase_rows(plan: Plan, measured: dict[str, tuple[float, int]]) -> tuple[PhaseReport, ...]:
+    """One row for each phase of the plan that ran; `measured` is name -> (seconds, peak bytes)."""
+    return tuple(
+        PhaseReport(
+            name=row.name,
+            seconds=measured[row.name][0],
+            predicted_peak_bytes=row.predicted_peak_bytes,
+            measured_peak_bytes=measured[row.name][1],
+        )
+        for row in plan.phases
+        if row.name in measured
+    )
