@@ -36,40 +36,39 @@ class Sampler:
         """The next id from `logits` [1, V]."""
         if logits.is_meta:
             return 0
-        scores = logits[0].float()
-        if not self._plain:
-            scores = self._penalised(scores.cpu())
-        if len(self._suppress):
-            scores = scores.index_fill(0, self._suppress.to(scores.device), -torch.inf)
-        token = int(scores.argmax()) if not self._settings.temperature else self._draw(scores)
+        scores = self.scores(logits[0])
+        if self._settings.temperature:
+            token = int(torch.multinomial(scores.softmax(0), 1, generator=self._generator))
+        else:
+            token = int(scores.argmax())
         if self._settings.repetition_penalty != 1:
             self._seen = torch.unique(torch.cat([self._seen, torch.tensor([token])]))
         return token
 
-    @property
-    def _plain(self) -> bool:
-        return not self._settings.temperature and self._settings.repetition_penalty == 1
-
-    def _penalised(self, scores: torch.Tensor) -> torch.Tensor:
-        """Divides positive and multiplies negative scores of ids already seen by the penalty."""
-        penalty = self._settings.repetition_penalty
-        if penalty == 1 or not len(self._seen):
-            return scores
-        picked = scores[self._seen]
-        return scores.index_copy(
-            0, self._seen, torch.where(picked < 0, picked * penalty, picked / penalty)
-        )
-
-    def _draw(self, scores: torch.Tensor) -> int:
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [V] after every step but the draw, float32; cut ids are -inf."""
         settings = self._settings
-        scores = scores / settings.temperature
+        scores = logits.float()
+        if settings.temperature or settings.repetition_penalty != 1:
+            scores = scores.cpu()
+        if settings.repetition_penalty != 1 and len(self._seen):
+            seen = scores[self._seen]
+            penalty = settings.repetition_penalty
+            seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+            scores = scores.index_copy(0, self._seen, seen)
+        if len(self._suppress):
+            scores = scores.index_fill(0, self._suppress.to(scores.device), -torch.inf)
+        return self._cut(scores / settings.temperature) if settings.temperature else scores
+
+    def _cut(self, scores: torch.Tensor) -> torch.Tensor:
+        settings = self._settings
         if settings.top_k and settings.top_k < len(scores):
             floor = scores.topk(settings.top_k).values[-1]
             scores = scores.masked_fill(scores < floor, -torch.inf)
         if settings.top_p < 1:
             ordered, order = scores.sort()
-            # Cut the tail whose whole probability is at most 1 - top_p; the likeliest id stays.
-            cut = ordered.softmax(0).cumsum(0) <= 1 - settings.top_p
-            cut[-1] = False
-            scores = scores.index_fill(0, order[cut], -torch.inf)
-        return int(torch.multinomial(scores.softmax(0), 1, generator=self._generator))
+            # The tail whose whole probability is at most 1 - top_p; the likeliest id stays.
+            tail = ordered.softmax(0).cumsum(0) <= 1 - settings.top_p
+            tail[-1] = False
+            scores = scores.index_fill(0, order[tail], -torch.inf)
+        return scores
