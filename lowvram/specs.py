@@ -33,8 +33,8 @@ AWQ: dict[str, Any] = {
     "version": "gemm",
     "zero_point": True,
 }
-"""`quantization_config` as AutoAWQ writes it. Its list of what was left alone is incomplete: towers,
-Talker and vocoder are 16-bit too. Readers go by what the file holds."""
+"""`quantization_config` as AutoAWQ writes it. Its list of what was left alone is incomplete, for
+towers, Talker and vocoder are 16-bit too; readers go by what the file holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
