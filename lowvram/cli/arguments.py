@@ -1,0 +1,287 @@
+"""The flags of every verb, in plain words. Defaults are read from the settings dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import NoReturn
+
+from lowvram.errors import UsageError
+from lowvram.settings import SOLVERS, GenerationSettings, SamplingSettings
+
+PROGRAM = "lowvram-demo"
+VERBS = {
+    "run": "answer one request (what a command line without a verb does)",
+    "chat": "talk over several turns",
+    "plan": "say what a request would need, and whether it fits; loads nothing",
+    "doctor": "look at devices, packages, memory and a checkpoint",
+}
+POCKET = "pocket"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of printing and leaving, so that every error is the same one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags of one command line; `run` is the default verb.
+
+    Raises:
+        UsageError: an unknown verb or flag, or a value of the wrong kind.
+        SystemExit: after --help and --version, with code 0.
+    """
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv = ["run", *argv]
+    if argv[0] not in VERBS and not argv[0].startswith("-"):
+        raise UsageError(
+            f"unknown verb {argv[0]!r}; wanted {', '.join(VERBS)} (a prompt goes after -p)"
+        )
+    return build_parser(argv[0]).parse_args(argv)
+
+
+def build_parser(verb: str) -> Parser:
+    """The command with all its verbs and the flags of one.
+
+    What other verbs' flags would import is left alone: `doctor` must run where it is missing.
+    """
+    parser = Parser(
+        prog=PROGRAM,
+        description="Qwen2.5-Omni on a device with little memory: text, images, sound and video "
+        "in; text and speech out.",
+        epilog=f"Without a verb, {PROGRAM} runs one request: {PROGRAM} run --help shows its flags.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", required=True)
+    for name, text in VERBS.items():
+        one = verbs.add_parser(name, help=text, description=_sentence(text), allow_abbrev=False)
+        if name == verb:
+            _add_flags(one, name)
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
+    if verb == "doctor":
+        _add_model(parser)
+    else:
+        _add_question(parser)
+        _add_place(parser)
+        _add_reply(parser)
+        _add_media(parser)
+    if verb == "run":
+        _add_output(parser, "where the speech goes; - is stdout (default: lowvram.wav)")
+    if verb == "chat":
+        _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
+    if verb != "chat":
+        parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    if verb in ("run", "chat"):
+        parser.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="more detail; -vv also shows where an unexpected error came from",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=POCKET,
+        metavar="MODEL",
+        help=f"a folder, a hub id or a built-in name (default: {POCKET}, which speaks noise)",
+    )
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the question")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="what to say; - reads it from stdin")
+    for kind, what in (("image", "a picture"), ("audio", "a recording"), ("video", "a video")):
+        group.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"{what}: a path or an address; may be repeated",
+        )
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="the system prompt")
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model, and where it runs")
+    _add_model(group)  # type: ignore[arg-type]
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        help="auto, cpu, cuda[:N], npu[:N] or meta (default: auto)",
+    )
+    group.add_argument(
+        "--max-memory",
+        type=_size,
+        metavar="SIZE",
+        help="the most device memory to use, as in 8GiB (default: what is free)",
+    )
+    group.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="the compute type (default: auto)"
+    )
+    group.add_argument(
+        "--allow",
+        type=_names,
+        default=(),
+        metavar="LIST",
+        help="savings that change results and may be used, with commas between (default: none)",
+    )
+
+
+def _add_reply(parser: argparse.ArgumentParser) -> None:
+    reply, drawing = GenerationSettings(), SamplingSettings()
+    group = parser.add_argument_group("the reply")
+    group.add_argument(
+        "--speaker", "--voice", metavar="NAME", help="the voice (default: the model's first)"
+    )
+    group.add_argument("--no-speech", action="store_true", help="text only; no voice is loaded")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=reply.max_new_tokens,
+        metavar="N",
+        help="the most tokens of text (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-speech",
+        type=_number,
+        default=reply.max_speech_seconds,
+        metavar="SECONDS",
+        help="the most speech (default: the model's own limit)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=_number,
+        default=drawing.temperature,
+        metavar="X",
+        help="how freely words are drawn; 0 takes the likeliest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=_number,
+        default=drawing.top_p,
+        metavar="X",
+        help="draw from the likeliest tokens that make up this share (default: %(default)s, off)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=drawing.top_k,
+        metavar="N",
+        help="draw from the N likeliest tokens (default: %(default)s, off)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_seed,
+        default=reply.seed,
+        metavar="N",
+        help="the same seed gives the same words and the same sound (default: %(default)s)",
+    )
+    group.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default=reply.solver,
+        help="how sound is integrated; rk4 is 4 times slower (default: %(default)s)",
+    )
+
+
+def _add_media(parser: argparse.ArgumentParser) -> None:
+    from lowvram.conversation import MediaSettings
+
+    media = MediaSettings()
+    group = parser.add_argument_group("pictures and video")
+    group.add_argument(
+        "--fps",
+        type=_number,
+        default=media.fps,
+        metavar="X",
+        help="frames taken from each second of video (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-frames",
+        type=int,
+        default=media.max_frames,
+        metavar="N",
+        help="the most frames taken from a video (default: %(default)s)",
+    )
+    for end, verb in (("min", "enlarged"), ("max", "shrunk")):
+        group.add_argument(
+            f"--{end}-pixels",
+            type=int,
+            metavar="N",
+            help=f"pictures and frames are {verb} to this many pixels (default: the model's)",
+        )
+    group.add_argument(
+        "--no-audio-in-video", action="store_true", help="leave the sound of a video out"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help=text)
+
+
+def _size(text: str) -> int:
+    from lowvram.offload import parse_size
+
+    try:
+        return parse_size(text)
+    except UsageError as error:  # argparse puts the flag's name in front of the message
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _device(text: str) -> str:
+    from lowvram.offload import parse_device
+
+    if text != "auto":
+        try:
+            parse_device(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"wanted a finite number, got {text!r}")
+    return value
+
+
+_number.__name__ = "number"  # what argparse calls the type in "invalid number value: 'x'"
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"wanted 0 to 2**63 - 1, got {text!r}")
+    return value
+
+
+_seed.__name__ = "int"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _version() -> str:
+    from lowvram import __version__
+
+    return __version__

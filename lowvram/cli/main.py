@@ -1,0 +1,98 @@
+"""`lowvram-demo`: one verb for each intent, one line for each failure.
+
+Exit codes: 0 done; 1 a file, checkpoint, medium or output path that fails; 2 something wrong with
+the arguments; 3 the request does not fit the memory; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from lowvram.cli.arguments import PROGRAM, parse
+from lowvram.cli.output import Console, fail, library_output
+from lowvram.errors import LowVRAMError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    verbose = 0
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        args = parse(sys.argv[1:] if argv is None else argv)
+        verbose = args.verbose
+        console = Console.for_flags(args)
+        with library_output(console, everything=verbose > 1), _termination():
+            code = _verb(args.verb)(args, console)
+            sys.stdout.flush()
+            return code
+    except SystemExit as leaving:  # --help and --version
+        return int(leaving.code or 0)
+    except KeyboardInterrupt as stopped:
+        print(f"{PROGRAM}: interrupted{_detail(stopped)}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has left; keep the interpreter from flushing to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("standard output was closed before the reply was complete")
+        return 1
+    except Exception as error:
+        return _failed(error, verbose)
+
+
+def _verb(name: str) -> Callable[[Namespace, Console], int]:
+    """The function of a verb; its module is imported only when it is asked for."""
+    function: Callable[[Namespace, Console], int] = import_module(f"lowvram.cli.{name}").main
+    return function
+
+
+def _failed(error: Exception, verbose: int) -> int:
+    if isinstance(error, LowVRAMError):
+        fail(error)
+        return error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        fail(f"the package {error.name} is not installed; {PROGRAM} doctor says how to get it")
+        return 1
+    if isinstance(error, OSError) and error.strerror:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+        return 1
+    if verbose > 1:
+        traceback.print_exception(error)
+    fail(f"unexpected {type(error).__name__}: {error} (-vv shows where it came from)")
+    return 1
+
+
+def _detail(stopped: KeyboardInterrupt) -> str:
+    return f"; {stopped}" if str(stopped) else ""
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, so that nothing half-written stays behind."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

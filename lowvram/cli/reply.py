@@ -1,0 +1,55 @@
+"""A reply while it comes: words to the console, sound to its sink."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import cast
+
+from lowvram.cli.output import Console
+from lowvram.cli.wav import Sink
+from lowvram.events import AudioChunk, Event, Finished, Result, TextDelta
+
+
+def follow(events: Iterator[Event], console: Console, sink: Sink | None) -> Result:
+    """Pass every event on, and return the whole reply.
+
+    When the work fails nothing is left of the speech; when it is interrupted, what was spoken so
+    far is kept, as a file that opens.
+
+    Raises:
+        KeyboardInterrupt: with a message that says what was kept.
+    """
+    spoken = 0.0
+    result: Result | None = None
+    console.waiting("reading the question")
+    try:
+        with closing(cast(Generator[Event, None, None], events)):
+            for event in events:
+                match event:
+                    case TextDelta():
+                        console.words(event.text)
+                    case AudioChunk():
+                        if sink is not None:
+                            sink.write(event.samples)
+                        seconds = len(event.samples) / event.sample_rate
+                        spoken += seconds
+                        console.spoken(seconds)
+                    case Finished():
+                        result = event.result
+        console.end_words()
+        if sink is not None:
+            sink.close()
+    except KeyboardInterrupt as stopped:
+        console.end_words()
+        if sink is None or not spoken:
+            raise
+        sink.close()
+        raise KeyboardInterrupt(f"{spoken:.1f} s of speech are in {sink.name}") from stopped
+    except BaseException:
+        console.end_words()
+        if sink is not None:
+            sink.discard()
+        raise
+    assert result is not None, "the stream ended without its last event"
+    return result

@@ -1,0 +1,95 @@
+"""`lowvram-demo run`: one request, its text on stdout as it comes, its speech in a WAV file."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from lowvram.cli.arguments import POCKET
+from lowvram.cli.output import Console, print_json
+from lowvram.cli.reply import follow
+from lowvram.cli.request import GREETING, NOISE, Request, read_request
+from lowvram.cli.wav import Sink, open_sink
+from lowvram.errors import DoesNotFitError, UsageError
+
+if TYPE_CHECKING:
+    from lowvram.events import Result
+    from lowvram.planner import Plan
+
+OUTPUT = "lowvram.wav"
+"""Where speech goes without -o."""
+
+
+def main(args: Namespace, console: Console) -> int:
+    request = read_request(args).asking(GREETING if args.model == POCKET else None)
+    sink = _sink(args)
+    asked = request.speech
+    request = request.suited_to(request.find_checkpoint())
+    if asked and not request.speech:
+        if args.output:
+            raise UsageError(f"-o {args.output}: {args.model} does not speak; leave -o out")
+        console.say(f"note: {args.model} does not speak: text only")
+        sink = None
+    if args.model == POCKET:
+        console.say(f"note: {NOISE}")
+    try:
+        plan, result = _answer(request, console, sink)
+    except DoesNotFitError as error:
+        if args.json:
+            print_json(_summary(error.plan, None, None) | {"fits": False, "error": str(error)})
+        raise
+    path = sink.name if sink is not None and result.report.audio_seconds else None
+    if args.json:
+        print_json(_summary(plan, result, path))
+    _tell(result, path, console)
+    return 0
+
+
+def _sink(args: Namespace) -> Sink | None:
+    """Where the speech will go; whether it can go there is found out now, before the work."""
+    if args.no_speech:
+        if args.output:
+            raise UsageError(f"-o {args.output} and --no-speech exclude each other")
+        return None
+    if args.output == "-":
+        if args.json:
+            raise UsageError("-o - and --json both want standard output; name a file for -o")
+        if sys.stdout.isatty():
+            raise UsageError("-o -: standard output is a terminal; send it to a file or a player")
+    return open_sink(args.output or OUTPUT)
+
+
+def _answer(request: Request, console: Console, sink: Sink | None) -> tuple[Plan, Result]:
+    console.waiting(f"opening {request.model}")
+    with request.open_model() as omni:
+        plan = omni.plan(request.conversation, **request.options)
+        console.detail(f"{plan}\n")
+        events = omni.stream(request.conversation, **request.options)
+        return plan, follow(events, console, sink)
+
+
+def _summary(plan: Any, result: Result | None, path: str | None) -> dict[str, Any]:
+    """The object that --json prints."""
+    return {
+        "text": result.text if result else None,
+        "audio_path": path,
+        "audio_seconds": result.report.audio_seconds if result else None,
+        "fits": plan.fits if plan else False,
+        "plan": plan.to_json() if plan else None,
+        "report": result.report.to_json() if result else None,
+    }
+
+
+def _tell(result: Result, path: str | None, console: Console) -> None:
+    """The timings, and where the speech is."""
+    report = result.report
+    if path is not None:
+        console.say(f"speech: {path} ({report.audio_seconds:.2f} s)")
+    marks = {
+        "first text": report.first_text_s,
+        "first audio": report.first_audio_s,
+        "total": report.total_s,
+    }
+    console.say("; ".join(f"{name} {at:.2f} s" for name, at in marks.items() if at is not None))
+    console.detail(f"\n{report}")
