@@ -19,7 +19,7 @@ from lowvram.engine.run import Run
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
-from lowvram.offload import Loader, Meter, format_size, host_peak_bytes, open_device
+from lowvram.offload import Loader, Meter, format_size, open_device
 from lowvram.options import Conversation, Options, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
@@ -56,6 +56,7 @@ class LowVRAMOmni:
         check_options(allow)
         self.checkpoint = checkpoint
         self._device = open_device(device)
+        self._host = open_device("cpu")
         self._facts = DeviceFacts(
             name=self._device.name,
             type=self._device.type,
@@ -196,7 +197,7 @@ class LowVRAMOmni:
         )
         before = frozenset(self._loader.resident())
         moved = self._loader.bytes_host_to_device
-        self._meter.start()
+        self._meter.restart()
         self._running = True
         try:
             for part in before:
@@ -282,12 +283,16 @@ class LowVRAMOmni:
             first_audio_s=run.first_audio_s,
             total_s=run.total_s,
             bytes_host_to_device=moved,
-            host_peak_bytes=host_peak_bytes(),
+            host_peak_bytes=self._host.peak_bytes(),
             prompt_tokens=len(run.prompt.ids),
             reply_tokens=len(run.tokens),
             codes=len(run.codes),
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
+            timeline=tuple(
+                (point.seconds, point.phase, sum(point.bytes_by_owner.values()))
+                for point in self._meter.timeline
+            ),
         )
 
 
@@ -304,6 +309,6 @@ def _refusal(plan: Plan) -> str:
 def _surprise(plan: Plan, error: Exception) -> str:
     return (
         f"{plan.device} ran out of memory within a plan of "
-        f"{format_size(plan.predicted_peak_bytes)}: something else uses the device; free it, or set a smaller budget "
-        f"({str(error).splitlines()[0]})"
+        f"{format_size(plan.predicted_peak_bytes)}: something else uses the device; free it, or "
+        f"set a smaller budget ({str(error).splitlines()[0]})"
     )

@@ -26,6 +26,7 @@ class Report:
     Seconds count from the start of the request. `bytes_host_to_device` is what this request
     loaded; modules that were resident already cost nothing. `host_peak_bytes` is the largest
     resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
+    `timeline` is (seconds, phase, bytes held) wherever that changed.
     """
 
     phases: tuple[PhaseReport, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from lowvram.config import DecoderConfig
 from lowvram.models.kv_cache import KVCache
 from lowvram.offload import Device, Loader, Meter, Store
 from lowvram.planner.plan import Plan
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -27,18 +30,22 @@ class Context:
     dtype: torch.dtype
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, *, stepwise: bool = False) -> Iterator[None]:
         """Count what follows as that phase, or as the interleaved row of the plan that holds it.
 
-        All computing happens in here; nothing that is yielded to a reader does.
+        All computing happens in here; nothing that is yielded to a reader does. `stepwise` is for
+        a phase that is entered once a token.
         """
         row = next(row.name for row in self.plan.phases if name in row.name.split("+"))
-        with self.meter.phase(row), torch.inference_mode():
+        with self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
             yield
 
-    def use(self, part: str) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def use(self, part: str, kind: type[M]) -> Iterator[M]:
         """That module on the device; it stays there afterwards only if the plan says so."""
-        return self.loader.use(part, keep=self.plan.resident(part))
+        with self.loader.use(part, keep=self.plan.resident(part)) as module:
+            assert isinstance(module, kind)
+            yield module
 
     @property
     def host(self) -> torch.device:
@@ -54,6 +61,16 @@ class Context:
         return tensor.to(self.device.torch, self.dtype)
 
     @contextmanager
+    def carried(self, key: str, *tensors: torch.Tensor) -> Iterator[None]:
+        """Count tensors that wait on the host, where host memory is what the budget bounds."""
+        if self.device.type == "cpu":
+            self.meter.hold("carry", key, sum(t.nbytes for t in tensors), tensors)
+        try:
+            yield
+        finally:
+            self.meter.release("carry", key)
+
+    @contextmanager
     def kv_cache(self, key: str, config: DecoderConfig, max_tokens: int) -> Iterator[KVCache]:
         """A KV cache for one sequence of at most `max_tokens`, allocated once, gone at the end."""
         cache = KVCache(
@@ -65,7 +82,7 @@ class Context:
             dtype=self.dtype,
             device=self.device.torch,
         )
-        self.meter.hold("kv", key, cache.nbytes)
+        self.meter.hold("kv", key, cache.nbytes, [cache.data])
         try:
             yield cache
         finally:

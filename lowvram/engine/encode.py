@@ -14,6 +14,8 @@ import torch
 from lowvram.config import AudioConfig
 from lowvram.conversation import Prompt
 from lowvram.engine.context import Context
+from lowvram.models.audio import AudioTower
+from lowvram.models.vision import VisionTower
 
 EMBEDDING = "thinker.model.embed_tokens.weight"
 
@@ -42,7 +44,7 @@ def media_slots(prompt: Prompt) -> torch.Tensor:
 
 def encode_vision(context: Context, prompt: Prompt, embeds: torch.Tensor) -> None:
     """Write the embeddings of images and video into their slots of `embeds`."""
-    with context.phase("vision"), context.use("visual") as tower:
+    with context.phase("vision"), context.use("visual", VisionTower) as tower:
         for item in prompt.vision:
             pairs, height, width = item.grid
             slots = torch.from_numpy(item.slots).view(pairs, -1).to(context.host)
@@ -56,7 +58,7 @@ def encode_audio(
 ) -> None:
     """Write the embeddings of recordings and sound tracks into their slots of `embeds`."""
     window = 2 * config.n_window
-    with context.phase("audio"), context.use("audio") as tower:
+    with context.phase("audio"), context.use("audio", AudioTower) as tower:
         for item in prompt.audio:
             slots = torch.from_numpy(item.slots).to(context.host)
             done = 0

@@ -28,6 +28,9 @@ from lowvram.engine.thinker import Thinker
 from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
 from lowvram.engine.voice import Voice
 from lowvram.events import SAMPLE_RATE, AudioChunk, TextDelta
+from lowvram.models.talker import Talker
+from lowvram.models.text import ThinkerText
+from lowvram.models.token2wav import Token2Wav
 from lowvram.settings import GenerationSettings
 
 
@@ -73,8 +76,8 @@ class Run:
                 self.first_text_s = time.perf_counter() - self.started
             self.text.append(piece)
             yield TextDelta(piece)
-        # A reply that ends at once has nothing to say.
-        if speech and len(speech[0].reply_states):
+        # A reply that ends at once leaves nothing to say.
+        if speech:
             for chunk in self._speak(speech.pop()):
                 if self.first_audio_s is None:
                     self.first_audio_s = time.perf_counter() - self.started
@@ -96,25 +99,27 @@ class Run:
     def _think(self, speech: list[Speech]) -> Iterator[str]:
         """Pieces of the reply's text; what the Talker needs goes into `speech`, if it speaks."""
         context, prompt, config = self.context, self.prompt, self.checkpoint.config.thinker
-        embeds = embed_prompt(context, prompt)
-        if prompt.vision:
-            encode_vision(context, prompt, embeds)
-        if prompt.audio:
-            encode_audio(context, prompt, embeds, config.audio)
         speaks = self.voice is not None
+        embeds = embed_prompt(context, prompt)
+        states = torch.empty_like(embeds) if speaks else None
+        replies: list[torch.Tensor] = []
         with ExitStack() as stack:
+            carried = [embeds] if states is None else [embeds, states]
+            stack.enter_context(context.carried("prompt", *carried))
+            if prompt.vision:
+                encode_vision(context, prompt, embeds)
+            if prompt.audio:
+                encode_audio(context, prompt, embeds, config.audio)
             with context.phase("prefill"):
-                model = stack.enter_context(context.use("text"))
+                model = stack.enter_context(context.use("text", ThinkerText))
                 max_tokens = len(prompt.ids) + self.settings.max_new_tokens
                 cache = stack.enter_context(context.kv_cache("thinker", config.text, max_tokens))
                 thinker = Thinker(context, model, cache)
-                logits, states = thinker.prefill(embeds, prompt.positions, keep_states=speaks)
-            replies: list[torch.Tensor] = []
+                logits = thinker.prefill(embeds, prompt.positions, states)
             yield from self._decode(thinker, logits, replies)
-        if speaks:
+        if states is not None and replies:
             embeds.index_fill_(0, media_slots(prompt).to(context.host), 0)
-            none = embeds[:0]
-            speech.append(Speech(states + embeds, torch.cat([none, *replies]), prompt.positions))
+            speech.append(Speech(states.add_(embeds), torch.cat(replies), prompt.positions))
 
     def _decode(
         self, thinker: Thinker, logits: torch.Tensor, replies: list[torch.Tensor]
@@ -126,7 +131,7 @@ class Run:
         )
         words = self.tokenizer.stream()
         while True:
-            with context.phase("decode"):
+            with context.phase("decode", stepwise=True):
                 token = sampler(logits)
             self.tokens.append(token)
             if token in self.checkpoint.generation.eos_token_ids:
@@ -137,7 +142,7 @@ class Run:
                 break
             embed = embed_tokens(context, [token])
             position = self.prompt.next_position + len(self.tokens) - 1
-            with context.phase("decode"):
+            with context.phase("decode", stepwise=True):
                 logits, hidden = thinker.step(embed, position)
                 if self.voice is not None:
                     replies.append(context.to_host(hidden) + embed)
@@ -163,7 +168,7 @@ class Run:
 
     def _open_stream(self, stack: ExitStack) -> SpeechStream:
         assert self.voice is not None
-        token2wav = stack.enter_context(self.context.use("token2wav"))
+        token2wav = stack.enter_context(self.context.use("token2wav", Token2Wav))
         settings = VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
         return SpeechStream(token2wav, self.voice, NoiseSource(self._seeds.noise), settings)
 
@@ -174,8 +179,11 @@ class Run:
         max_codes = self.settings.max_codes(defaults.max_codes)
         max_tokens = len(speech.prompt_states) + 2 + max_codes
         with ExitStack() as stack:
+            stack.enter_context(
+                context.carried("states", speech.prompt_states, speech.reply_states)
+            )
             with context.phase("talk"):
-                model = stack.enter_context(context.use("talker"))
+                model = stack.enter_context(context.use("talker", Talker))
                 cache = stack.enter_context(context.kv_cache("talker", config.decoder, max_tokens))
             for code in talk(
                 context,

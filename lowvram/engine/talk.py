@@ -79,7 +79,7 @@ def talk(
         yield code
         if spoken == max_codes:
             return
-        with context.phase("talk"), kernel_phase("decode"):
+        with context.phase("talk", stepwise=True), kernel_phase("decode"):
             x = talker.embed(torch.tensor([[code]], device=context.device.torch))
             x = x + context.to_device(next(replies, pad))[None]
             hidden = _forward(talker, cache, x, torch.full((3, 1, 1), position), filled)
@@ -116,6 +116,6 @@ def _prefill(
 def _forward(
     talker: Talker, cache: KVCache, x: torch.Tensor, positions: torch.Tensor, filled: int
 ) -> torch.Tensor:
-    rope = talker.model.rope(positions.to(x.device), x.dtype)
+    rope = talker.rope(positions, x.dtype)
     hidden: torch.Tensor = talker(x, rope, cache, filled)
     return hidden

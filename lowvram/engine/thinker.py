@@ -22,28 +22,26 @@ class Thinker:
         self._filled = 0
 
     def prefill(
-        self, embeds: torch.Tensor, positions: np.ndarray, *, keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, embeds: torch.Tensor, positions: np.ndarray, states: torch.Tensor | None
+    ) -> torch.Tensor:
         """Run the prompt.
 
         Args:
             embeds: [T, H] on the host.
             positions: int64 [3, T].
-            keep_states: whether the last hidden state of every token goes to the host.
+            states: [T, H] on the host, takes the last hidden state of every token; or None.
 
         Returns:
-            Logits of the last position [1, V], and the last hidden states [T, H] (or [0, H]).
+            Logits of the last position [1, V].
         """
-        kept = []
         place = torch.from_numpy(positions)[:, None]
         with kernel_phase("prefill"):
             for start in range(0, len(embeds), PREFILL_CHUNK):
                 stop = start + PREFILL_CHUNK
                 hidden = self._forward(embeds[None, start:stop], place[..., start:stop])
-                if keep_states:
-                    kept.append(self._context.to_host(hidden[0]))
-            logits = self._model.logits(hidden[:, -1])
-        return logits, torch.cat(kept) if keep_states else embeds[:0]
+                if states is not None:
+                    states[start:stop] = self._context.to_host(hidden[0])
+            return self._model.logits(hidden[:, -1])
 
     def step(self, embed: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Feed one embedding [1, H]; returns its logits [1, V] and last hidden state [1, H]."""
@@ -55,7 +53,7 @@ class Thinker:
     def _forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         decoder = self._model.model
         x = self._context.to_device(x)
-        rope = decoder.rope(positions.to(x.device), x.dtype)
+        rope = decoder.rope(positions, x.dtype)
         hidden: torch.Tensor = decoder(x, rope, self._cache, self._filled)
         self._filled += x.shape[1]
         return hidden

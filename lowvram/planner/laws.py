@@ -13,7 +13,10 @@ PREFILL_CHUNK = 512
 """Prompt tokens that go through all layers at once. Fixed, so that no budget changes a rounding."""
 
 ATTENTION_BLOCK = 512
-"""Query rows and keys of one block of the online softmax (`models/attention.py`)."""
+"""Keys of one block of the online softmax (`KEY_BLOCK` of `models/attention.py`)."""
+
+REFERENCE_FRAMES = 1000
+"""Mel frames of a voice's reference recording at most (10 s); the published ones are shorter."""
 
 FLOAT = 4
 
@@ -66,8 +69,9 @@ def prefill_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> int:
 
 
 def decode_bytes(config: DecoderConfig, itemsize: int) -> int:
-    """One token through a decoder; the sampler's copies of the logits are what matters."""
-    return config.vocab_size * (itemsize + 4 * FLOAT) + prefill_bytes(config, 1, itemsize)
+    """One token through a decoder; the sampler's copies of the logits, with the sort's indices,
+    are what matters."""
+    return config.vocab_size * (itemsize + 8 * FLOAT) + prefill_bytes(config, 1, itemsize)
 
 
 def dit_bytes(config: DiTConfig, frames: int) -> int:
@@ -76,6 +80,16 @@ def dit_bytes(config: DiTConfig, frames: int) -> int:
     inner = config.ff_mult * width
     layer = max(7 * width + 4 * width, 2 * width + 2 * inner)
     return 2 * frames * (2 * width + layer + config.emb_dim + 4 * config.mel_dim) * FLOAT
+
+
+def modulation_bytes(config: DiTConfig, evaluations: int) -> int:
+    """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
+    return evaluations * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
+
+
+def voice_bytes(config: DiTConfig) -> int:
+    """The speaker encoder over a voice's reference recording and over silence."""
+    return 2 * REFERENCE_FRAMES * 10 * max(config.enc_channels) * FLOAT
 
 
 def bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lowvram.checkpoint import Checkpoint
-from lowvram.conversation import PromptShape
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from lowvram.checkpoint import Checkpoint
+    from lowvram.conversation import PromptShape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -52,16 +55,21 @@ def request_phases(
     size = ITEMSIZE[dtype]
     tokens, reply = shape.tokens, settings.max_new_tokens
     row = laws.states_bytes(text.hidden_size, 1, size)
-    prompt = tokens * row if host_is_device else 0
-    states = (2 * tokens + reply) * row if host_is_device and settings.speech else 0
+    prompt = states = spoken = 0
+    if host_is_device:
+        prompt = tokens * row
+    if host_is_device and settings.speech:
+        states = (tokens + reply) * row
+        # The Talker's first input is a copy of the states.
+        spoken = 2 * states
     phases = []
     if shape.grids:
         largest = max(height * width for _, height, width in shape.grids)
         work = laws.vision_bytes(config.thinker.vision, largest, size)
-        phases.append(PhaseLoad("vision", ("visual",), carry=prompt, activations=work))
+        phases.append(PhaseLoad("vision", ("visual",), carry=prompt + states, activations=work))
     if shape.audio_frames:
         work = laws.audio_bytes(config.thinker.audio, size)
-        phases.append(PhaseLoad("audio", ("audio",), carry=prompt, activations=work))
+        phases.append(PhaseLoad("audio", ("audio",), carry=prompt + states, activations=work))
     kv = laws.kv_bytes(text, tokens + reply, size)
     work = laws.prefill_bytes(text, tokens, size)
     phases.append(PhaseLoad("prefill", ("text",), kv, prompt + states, work))
@@ -72,9 +80,14 @@ def request_phases(
         decoder = config.talker.decoder
         kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
         work = laws.prefill_bytes(decoder, tokens + 2, size)
-        phases.append(PhaseLoad("talk", ("talker",), kv, states, work))
+        phases.append(PhaseLoad("talk", ("talker",), kv, spoken, work))
         pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
         window, frames = pieces.largest_pass(codes)
-        work = max(laws.dit_bytes(config.dit, window), laws.bigvgan_bytes(config.bigvgan, frames))
-        phases.append(PhaseLoad("vocode", ("token2wav",), activations=work))
+        kept = laws.modulation_bytes(config.dit, pieces.evaluations)
+        work = max(
+            kept + laws.voice_bytes(config.dit),
+            laws.dit_bytes(config.dit, window),
+            laws.bigvgan_bytes(config.bigvgan, frames),
+        )
+        phases.append(PhaseLoad("vocode", ("token2wav",), activations=kept + work))
     return phases

@@ -73,7 +73,7 @@ class Plan:
             f"and guard {format_size(self.guard_bytes)}",
             "",
         ]
-        rows = [("phase", "peak", *OWNERS, "on the device")]
+        rows: list[tuple[str, ...]] = [("phase", "peak", *OWNERS, "on the device")]
         for phase in self.phases:
             cells = (format_size(phase.parts.get(owner, 0)) for owner in OWNERS)
             rows.append(

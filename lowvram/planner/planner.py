@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TYPE_CHECKING
 
-from lowvram.checkpoint import Checkpoint
 from lowvram.conversation import PromptShape, check_window
 from lowvram.errors import UsageError
 from lowvram.offload import Budget, format_size, guard_bytes
@@ -18,6 +18,9 @@ from lowvram.planner.device import DeviceFacts, decide_budget, probe_device, res
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from lowvram.checkpoint import Checkpoint
 
 MODULES = ("visual", "audio", "text", "talker", "token2wav")
 

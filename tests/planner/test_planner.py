@@ -1,0 +1,188 @@
+"""The planner: every plan keeps its budget, and a bigger budget is never used worse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowvram.conversation import PromptShape
+from lowvram.errors import DeviceError, UsageError
+from lowvram.offload import Budget, guard_bytes
+from lowvram.planner import (
+    DeviceFacts,
+    Plan,
+    decide_budget,
+    make_plan,
+    resolve_dtype,
+)
+from lowvram.settings import GenerationSettings
+from lowvram.specs import SPECS
+
+GIB = 2**30
+MODULE_GIB = {"visual": 1.26, "audio": 1.19, "text": 5.19, "talker": 2.52, "token2wav": 1.68}
+
+
+class Published:
+    """The 7B AWQ model as the planner sees it: its shapes, and the bytes of its modules."""
+
+    name = "7B"
+    stored_dtype = "float16"
+    config = SPECS["Qwen2.5-Omni-7B-AWQ"].config
+    generation = SimpleNamespace(max_codes=4096)
+
+    def part_bytes(self, part: str, itemsize: int) -> int:
+        return int(MODULE_GIB[part] * GIB)
+
+
+VIDEO = PromptShape(tokens=11_715, next_position=500, grids=((15, 36, 64),), audio_frames=(1500,))
+WORDS = PromptShape(tokens=60, next_position=60, grids=(), audio_frames=())
+
+
+def facts(kind: str = "cuda", **changes: Any) -> DeviceFacts:
+    known: dict[str, Any] = {
+        "name": kind,
+        "type": kind,
+        "total_bytes": 24 * GIB,
+        "free_bytes": 23 * GIB,
+        "context_bytes": int(0.4 * GIB) if kind == "cuda" else 0,
+    }
+    return DeviceFacts(**known | changes)
+
+
+def plan(
+    budget: int,
+    shape: PromptShape = VIDEO,
+    kind: str = "cuda",
+    on_device: frozenset[str] = frozenset(),
+    **settings: Any,
+) -> Plan:
+    where = facts(kind)
+    return make_plan(
+        Published(),  # type: ignore[arg-type]
+        shape,
+        GenerationSettings(**settings),
+        facts=where,
+        budget=Budget(
+            budget_bytes=budget,
+            context_bytes=where.context_bytes,
+            guard_bytes=guard_bytes(budget),
+        ),
+        dtype="float16",
+        on_device=on_device,
+    )
+
+
+budgets = st.integers(1 * GIB, 40 * GIB)
+shapes = st.sampled_from([VIDEO, WORDS])
+
+
+@given(budgets, shapes, st.booleans(), st.sampled_from(["cuda", "cpu", "npu"]))
+def test_a_plan_keeps_the_budget_or_says_what_would_do(
+    budget: int, shape: PromptShape, speech: bool, kind: str
+) -> None:
+    found = plan(budget, shape, kind, speech=speech)
+    assert found.predicted_peak_bytes == max(row.predicted_peak_bytes for row in found.phases)
+    for row in found.phases:
+        assert row.predicted_peak_bytes == found.context_bytes + sum(row.parts.values())
+        assert set(row.modules) <= set(row.on_device)
+    assert found.fits == (found.predicted_peak_bytes + found.guard_bytes <= budget)
+    assert found.fits == (budget >= found.minimum_budget_bytes)
+    assert plan(found.minimum_budget_bytes, shape, kind, speech=speech).fits
+    assert not plan(found.minimum_budget_bytes - 1, shape, kind, speech=speech).fits
+
+
+@given(budgets, budgets, shapes)
+def test_a_bigger_budget_keeps_at_least_as_much(one: int, other: int, shape: PromptShape) -> None:
+    def kept(budget: int) -> float:
+        found = plan(budget, shape)
+        return sum(MODULE_GIB[m] for m in MODULE_GIB if found.resident(m)) if found.fits else -1
+
+    small, big = sorted((one, other))
+    assert kept(small) <= kept(big)
+
+
+def test_with_room_for_everything_all_stays_and_speech_is_interleaved() -> None:
+    found = plan(23 * GIB)
+    assert all(found.resident(m) for m in MODULE_GIB)
+    assert [row.name for row in found.phases] == [
+        "vision",
+        "audio",
+        "prefill",
+        "decode",
+        "talk+vocode",
+    ]
+
+
+def test_with_little_room_modules_come_and_go_and_speech_is_staged() -> None:
+    found = plan(plan(GIB).minimum_budget_bytes)
+    assert found.residency["text"] == "on demand"
+    assert [row.name for row in found.phases][-2:] == ["talk", "vocode"]
+    assert found.phase("vision").on_device == ("visual",)
+
+
+def test_a_second_request_moves_only_what_did_not_stay() -> None:
+    first = plan(23 * GIB)
+    again = plan(23 * GIB, on_device=frozenset(MODULE_GIB))
+    assert first.bytes_to_move == sum(int(size * GIB) for size in MODULE_GIB.values())
+    assert again.bytes_to_move == 0
+
+
+def test_what_a_request_does_not_use_stays_only_where_it_fits() -> None:
+    left = frozenset({"visual", "audio", "text"})
+    assert plan(23 * GIB, WORDS, on_device=left, speech=False).resident("visual")
+    tight = plan(plan(GIB, WORDS, speech=False).minimum_budget_bytes, WORDS, on_device=left)
+    assert tight.residency["visual"] == "unused"
+
+
+def test_without_speech_nothing_of_speech_is_planned() -> None:
+    found = plan(8 * GIB, speech=False)
+    assert found.residency["talker"] == found.residency["token2wav"] == "unused"
+    assert {row.name for row in found.phases} == {"vision", "audio", "prefill", "decode"}
+
+
+def test_a_refusal_names_changes_that_need_less() -> None:
+    refused = plan(2 * GIB, WORDS, max_new_tokens=20_000, max_speech_seconds=400.0)
+    assert not refused.fits
+    assert refused.knobs
+    assert all(size < refused.minimum_budget_bytes for size in refused.knobs.values())
+
+
+def test_positions_beyond_the_window_are_refused_with_the_numbers() -> None:
+    long = PromptShape(tokens=40_000, next_position=32_000, grids=(), audio_frames=())
+    with pytest.raises(UsageError, match="32768"):
+        plan(23 * GIB, long, max_new_tokens=1024)
+    assert plan(23 * GIB, long, max_new_tokens=700, speech=False).fits
+
+
+def test_the_budget_is_what_is_free_unless_less_is_asked_for() -> None:
+    assert decide_budget(None, facts()).budget_bytes == 23 * GIB
+    assert decide_budget("8GiB", facts()).budget_bytes == 8 * GIB
+
+
+def test_more_than_is_free_is_lowered_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="lowered to"):
+        assert decide_budget("23.5GiB", facts()).budget_bytes == 23 * GIB
+
+
+def test_more_than_the_device_has_is_refused() -> None:
+    with pytest.raises(UsageError, match="more than cuda has"):
+        decide_budget("25GiB", facts())
+
+
+def test_an_absent_device_needs_a_number() -> None:
+    absent = facts(total_bytes=None, free_bytes=None)
+    assert decide_budget("80GiB", absent).budget_bytes == 80 * GIB
+    with pytest.raises(DeviceError, match="max-memory"):
+        decide_budget(None, absent)
+
+
+def test_types() -> None:
+    assert resolve_dtype("auto", "float16", "cuda")[0] == "float16"
+    assert resolve_dtype("auto", "float16", "cpu")[0] == "bfloat16"
+    assert resolve_dtype("float32", "bfloat16", "cpu") == ("float32", "asked for")
+    with pytest.raises(UsageError, match="float64"):
+        resolve_dtype("float64", "bfloat16", "cpu")
