@@ -1,0 +1,150 @@
+"""Speech from codes, piece by piece, while the codes are still being drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowvram.engine.pieces import Pass, Schedule, VocodeSettings
+from lowvram.engine.voice import Voice
+from lowvram.errors import UsageError
+from lowvram.models.token2wav import Token2Wav, Utterance
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechPiece:
+    """The next samples, float32 mono at 24 kHz, and the codes whose sound ends within them."""
+
+    samples: np.ndarray
+    codes: tuple[int, ...]
+
+
+class NoiseSource:
+    """Normal noise by absolute mel frame, from a seed: fp32 on the CPU, the same on every device.
+
+    Drawn code by code and kept only from the beginning of the last window on, so that neither the
+    values nor the memory depend on the length of the speech or on the pieces it is made in.
+    """
+
+    def __init__(self, seed: int, mel_dim: int = 80, frames_per_code: int = 2) -> None:
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._shape = (frames_per_code, mel_dim)
+        self._drawn: list[Tensor] = []
+        self._first = 0
+
+    def window(self, start: int, stop: int) -> Tensor:
+        """Noise of frames `start` to `stop`, [stop - start, mel_dim]; starts must not go back."""
+        per_code = self._shape[0]
+        passed = start // per_code - self._first
+        if passed < 0:
+            raise ValueError(f"noise before frame {self._first * per_code} is no longer kept")
+        # A window may also begin beyond everything drawn so far: then draw up to it first.
+        for _ in range(self._first + len(self._drawn), -(-stop // per_code)):
+            self._drawn.append(
+                torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+            )
+        del self._drawn[:passed]
+        self._first += passed
+        offset = self._first * per_code
+        return torch.cat(self._drawn)[start - offset : stop - offset]
+
+
+class SpeechStream:
+    """Turns one utterance's codes into pieces of sound.
+
+    The pieces follow from the sequence of codes alone, not from how it was cut into calls of
+    `push`; together they have exactly 480 samples a code. What is kept besides the codes (a few
+    frames of mel and noise, what does not depend on the codes) does not grow with the speech,
+    unless `settings.whole`.
+    """
+
+    def __init__(
+        self,
+        token2wav: Token2Wav,
+        voice: Voice,
+        noise: NoiseSource,
+        settings: VocodeSettings,
+    ) -> None:
+        """
+        Raises:
+            UsageError: chunks or left context that do not begin where the DiT's blocks do.
+        """
+        block = token2wav.code2wav_dit_model.config.codes_per_block
+        if settings.chunk_codes % block or settings.left_codes % block:
+            raise UsageError(
+                f"speech in chunks of {settings.chunk_codes} codes after {settings.left_codes} "
+                f"cuts through the vocoder's blocks; wanted multiples of {block}"
+            )
+        self._token2wav = token2wav
+        self._voice = voice
+        self._noise = noise
+        self._settings = settings
+        self._frames_per_code = token2wav.repeats
+        self._schedule = Schedule(settings, token2wav.repeats)
+        self._codes: list[int] = []
+        self._utterance: Utterance | None = None
+        self._mel: Tensor | None = None
+        self._mel_start = 0
+
+    def push(self, codes: Sequence[int]) -> Iterator[SpeechPiece]:
+        """Adds codes; the iterator makes the pieces that have become possible, as it is read.
+
+        Raises:
+            CheckpointError: a code that the codec's table has no row for; nothing is added.
+        """
+        self._token2wav.check_codes(codes)
+        self._codes.extend(codes)
+        self._schedule.add(len(codes))
+        return self._pieces()
+
+    def finish(self) -> Iterator[SpeechPiece]:
+        """Ends the speech; the iterator makes the remaining pieces, as it is read."""
+        self._schedule.finish()
+        return self._pieces()
+
+    def _pieces(self) -> Iterator[SpeechPiece]:
+        while step := self._schedule.next():
+            if step.stage == "mel":
+                self._make_mel(step)
+                self._schedule.done(step)
+            else:
+                piece = self._make_wave(step)
+                self._schedule.done(step)
+                yield piece
+
+    def _make_mel(self, step: Pass) -> None:
+        if self._utterance is None:
+            self._utterance = self._token2wav.prepare(
+                self._voice, self._settings.solver, self._settings.time_points
+            )
+        scale = self._frames_per_code
+        noise = self._noise.window(step.start * scale, step.stop * scale)
+        mel = self._token2wav.mel(self._utterance, self._codes[step.start : step.stop], noise)
+        new = mel[(step.keep_from - step.start) * scale : (step.keep_to - step.start) * scale]
+        self._mel = new.clone() if self._mel is None else torch.cat((self._mel, new))
+
+    def _make_wave(self, step: Pass) -> SpeechPiece:
+        assert self._mel is not None
+        # Passes begin no earlier than the one before: what lies before this one is done with.
+        self._mel = self._mel[step.start - self._mel_start :]
+        self._mel_start = step.start
+        wave = self._token2wav.wave(self._mel[: step.length])
+        per_code = self._token2wav.samples_per_code
+        per_frame = per_code // self._frames_per_code
+        kept = wave[
+            (step.keep_from - step.start) * per_frame : (step.keep_to - step.start) * per_frame
+        ]
+        first = step.keep_from * per_frame // per_code
+        last = step.keep_to * per_frame // per_code
+        return SpeechPiece(_on_host(kept), tuple(self._codes[first:last]))
+
+
+def _on_host(samples: Tensor) -> np.ndarray:
+    if samples.is_meta:
+        return np.zeros(samples.shape, dtype=np.float32)
+    # A copy, so that a reader who keeps the samples does not keep the context around them.
+    return samples.to(device="cpu", dtype=torch.float32).numpy().copy()

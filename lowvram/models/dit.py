@@ -1,0 +1,309 @@
+"""The DiT of Qwen2.5-Omni: the velocity field that carries noise to mel frames, given codes.
+
+Parameters are named relative to `token2wav.code2wav_dit_model.`. One code is `repeats` mel frames;
+attention stays within blocks of `block_size` frames, but for three layers that also see the block
+before (`look_backward_layers`) or after (`look_ahead_layers`) their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowvram.config import DiTConfig
+from lowvram.models.attention import attention
+from lowvram.models.ecapa import SpeakerEncoder
+
+GUIDANCE = 0.5
+"""Weight of classifier-free guidance: the default of `Qwen2_5OmniToken2WavModel.forward`."""
+
+TIME_FEATURES = 256
+TIME_SCALE = 1000.0
+NORM_EPSILON = 1e-6
+SHIFTS_PER_LAYER = 6
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What a voice adds to the input projection of every frame, [hidden] for each branch.
+
+    `unconditioned` is the whole input of that branch besides the mel: no speaker and code 0.
+    """
+
+    conditioned: Tensor
+    unconditioned: Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What stays the same over all evaluations of one piece of `n` codes.
+
+    `codes` is [n, hidden], the conditioned input besides the mel; `rope` is a pair of tables
+    [n * repeats, head_dim / 2] of cosines and sines.
+    """
+
+    codes: Tensor
+    unconditioned: Tensor
+    rope: tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Attention in blocks of frames; rotary positions on the first head only, as it was trained."""
+
+    def __init__(self, config: DiTConfig, look_back: int, look_ahead: int) -> None:
+        super().__init__()
+        inner = config.num_attention_heads * config.head_dim
+        self.split = (config.num_attention_heads, config.head_dim)
+        self.block, self.look_back, self.look_ahead = config.block_size, look_back, look_ahead
+        self.to_q = nn.Linear(config.hidden_size, inner)
+        self.to_k = nn.Linear(config.hidden_size, inner)
+        self.to_v = nn.Linear(config.hidden_size, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, config.hidden_size)])
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q = _rotate_first_head(self.to_q(x).unflatten(-1, self.split), rope)
+        k = _rotate_first_head(self.to_k(x).unflatten(-1, self.split), rope)
+        v = self.to_v(x).unflatten(-1, self.split)
+        heads = block_attention(
+            q, k, v, block=self.block, look_back=self.look_back, look_ahead=self.look_ahead
+        )
+        return self.to_out[0](heads.flatten(-2))
+
+
+def _rotate_first_head(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates pairs of neighbouring values of head 0 of [B, T, heads, D], in place.
+
+    The pairs come out as two halves, which queries and keys share and their product does not see.
+    """
+    cos, sin = rope
+    even, odd = x[:, :, 0, 0::2], x[:, :, 0, 1::2]
+    x[:, :, 0] = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return x
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block: int, look_back: int, look_ahead: int
+) -> Tensor:
+    """Attention of [B, T, heads, D] within blocks of frames and their neighbours; no mask.
+
+    Blocks count from frame 0 and the last may be short. Blocks that see equally many keys run as
+    one batch: the inner ones, and each kind of block at the edges.
+    """
+    pieces = []
+    for first, count, queries, before, keys in _alike_blocks(
+        q.shape[1], block, look_back, look_ahead
+    ):
+        start = first * block
+        piece = attention(
+            _windows(q, start, count, queries, block),
+            _windows(k, start - before, count, keys, block),
+            _windows(v, start - before, count, keys, block),
+            causal=False,
+        )
+        # [B * count, heads, queries, D] -> [B, count * queries, heads, D]
+        pieces.append(piece.transpose(1, 2).reshape(q.shape[0], -1, *q.shape[2:]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _alike_blocks(
+    frames: int, block: int, look_back: int, look_ahead: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Runs of blocks with the same shape: (first block, blocks, queries, frames before, keys)."""
+    runs: list[tuple[int, int, int, int, int]] = []
+    for i, start in enumerate(range(0, frames, block)):
+        queries = min(block, frames - start)
+        before = min(look_back * block, start)
+        keys = before + min((1 + look_ahead) * block, frames - start)
+        if runs and runs[-1][2:] == (queries, before, keys):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, queries, before, keys)
+        else:
+            runs.append((i, 1, queries, before, keys))
+    return runs
+
+
+def _windows(x: Tensor, start: int, count: int, length: int, step: int) -> Tensor:
+    """`count` windows of `length` frames, `step` apart: [B, T, H, D] -> [B*count, H, length, D]."""
+    if count == 1:
+        return x[:, start : start + length].transpose(1, 2)
+    parts = [
+        x[:, at : at + count * step].unflatten(1, (count, step))
+        for at in range(start, start + length, step)
+    ]
+    windows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return windows.flatten(0, 1).transpose(1, 2)
+
+
+class Modulation(nn.Module):
+    """Holds the linear that turns a time embedding into shifts, scales and gates (adaLN)."""
+
+    def __init__(self, hidden: int, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.linear = nn.Linear(hidden, rows * hidden)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """[E, hidden] -> [E, rows, hidden]."""
+        return self.linear(time).unflatten(-1, (self.rows, -1))
+
+
+class FeedForward(nn.Module):
+    """Two linears around a tanh-approximated GELU; the names count a dropout between them."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.ff = nn.Sequential(
+            nn.Linear(hidden, inner),
+            nn.GELU(approximate="tanh"),
+            nn.Identity(),
+            nn.Linear(inner, hidden),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)
+
+
+class Block(nn.Module):
+    """One transformer layer: [B, T, hidden] -> the same, changed in place."""
+
+    def __init__(self, config: DiTConfig, index: int) -> None:
+        super().__init__()
+        self.attn_norm = Modulation(config.hidden_size, SHIFTS_PER_LAYER)
+        self.attn = Attention(
+            config,
+            look_back=int(index in config.look_backward_layers),
+            look_ahead=int(index in config.look_ahead_layers),
+        )
+        self.ff = FeedForward(config.hidden_size, config.hidden_size * config.ff_mult)
+
+    def forward(self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(0)
+        x = x.add_(self.attn(_modulated(x, scale, shift), rope).mul_(gate))
+        return x.add_(self.ff(_modulated(x, ff_scale, ff_shift)).mul_(ff_gate))
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON).mul_(1 + scale).add_(shift)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of a time, then a small network: [E] on the host -> [E, hidden]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(
+            nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
+
+    def forward(self, times: Tensor) -> Tensor:
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(
+            torch.arange(half, dtype=torch.float32, device="cpu") * -(math.log(10000) / (half - 1))
+        )
+        angles = TIME_SCALE * times[:, None] * frequencies
+        features = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return self.time_mlp(features.to(next(self.time_mlp.parameters())))
+
+
+class CodeEmbedding(nn.Module):
+    """The codec's table. It has one row more than there are codes."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.codec_embed = nn.Embedding(config.num_embeds + 1, config.emb_dim)
+
+
+class InputEmbedding(nn.Module):
+    """The input projection, whose columns take mel, speaker vector, code and voice condition."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.columns = [config.mel_dim, config.enc_dim, config.emb_dim, config.enc_emb_dim]
+        self.proj = nn.Linear(sum(self.columns), config.hidden_size)
+        self.spk_encoder = SpeakerEncoder(config)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The projection's weight in its four parts: mel, speaker vector, code, voice condition."""
+        return self.proj.weight.split(self.columns, dim=1)
+
+
+class DiT(nn.Module):
+    """The velocity field with guidance.
+
+    What does not depend on the evaluation is computed apart, by `modulate` (once per time grid),
+    `speaker` (once per voice) and `condition` (once per piece of codes).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.hidden_size)
+        self.text_embed = CodeEmbedding(config)
+        self.input_embed = InputEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(
+            Block(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm_out = Modulation(config.hidden_size, 2)
+        self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
+
+    @torch.no_grad()
+    def modulate(self, times: Tensor) -> Tensor:
+        """Every layer's shifts, scales and gates at `times` (fp32 [E] on the host).
+
+        Returns [E, 6 * layers + 2, hidden]; a row of the first axis is what `forward` takes.
+        """
+        time = F.silu(self.time_embed(times))
+        rows = [block.get_submodule("attn_norm")(time) for block in self.transformer_blocks]
+        return torch.cat([*rows, self.norm_out(time)], dim=1)
+
+    @torch.no_grad()
+    def speaker(self, cond: Tensor, ref_mel: Tensor) -> Speaker:
+        """What a voice adds to the input; `cond` is [1, enc_emb_dim], `ref_mel` [1, T, mel_dim].
+
+        The unconditioned branch has a silent reference and no condition, and code 0 throughout.
+        """
+        weight = self.input_embed.proj.weight
+        cond, ref_mel = cond.to(weight), ref_mel.to(weight)
+        _, encoded_weight, code_weight, cond_weight = self.input_embed.weights()
+        encoded = self.input_embed.spk_encoder(torch.cat((ref_mel, torch.zeros_like(ref_mel))))
+        voiced, silent = F.linear(encoded, encoded_weight, self.input_embed.proj.bias)
+        code_zero = F.linear(self.text_embed.codec_embed.weight[0], code_weight)
+        return Speaker(voiced + F.linear(cond[0], cond_weight), silent + code_zero)
+
+    @torch.no_grad()
+    def condition(self, codes: Tensor, speaker: Speaker) -> Condition:
+        """The constant input of one piece; `codes` is int64 [n] on the device."""
+        code_weight = self.input_embed.weights()[2]
+        embedded = F.linear(self.text_embed.codec_embed(codes), code_weight)
+        rope = self._rope(codes.shape[0] * self.config.repeats, embedded)
+        return Condition(embedded + speaker.conditioned, speaker.unconditioned, rope)
+
+    def _rope(self, frames: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [frames, head_dim / 2], counted from the first frame of the piece."""
+        size = self.config.head_dim
+        steps = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
+        inverse = 1.0 / self.config.rope_theta ** (steps / size)
+        angles = torch.arange(frames, dtype=torch.float32, device="cpu")[:, None] * inverse
+        return angles.cos().to(like), angles.sin().to(like)
+
+    @torch.no_grad()
+    def forward(self, mel: Tensor, modulation: Tensor, condition: Condition) -> Tensor:
+        """The guided velocity at one time, [T, mel_dim] as `mel`; T is `repeats` frames a code."""
+        x = self._input(mel, condition)
+        for block, rows in zip(
+            self.transformer_blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True
+        ):
+            x = block(x, rows, condition.rope)
+        scale, shift = modulation[-2:].unbind(0)
+        conditioned, unconditioned = self.proj_out(_modulated(x, scale, shift)).unbind(0)
+        return conditioned + (conditioned - unconditioned) * GUIDANCE
+
+    def _input(self, mel: Tensor, condition: Condition) -> Tensor:
+        """[2, T, hidden]: the conditioned branch and the unconditioned one."""
+        projected = F.linear(mel, self.input_embed.weights()[0])
+        per_code = projected.unflatten(0, (-1, self.config.repeats))
+        conditioned = (per_code + condition.codes[:, None]).flatten(0, 1)
+        return torch.stack((conditioned, projected + condition.unconditioned))

@@ -1,0 +1,106 @@
+"""Codes to sound: the DiT and BigVGAN together, parameters named relative to `token2wav.`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.config import OmniConfig
+from lowvram.errors import CheckpointError
+from lowvram.models.bigvgan import BigVGAN
+from lowvram.models.dit import DiT, Speaker
+from lowvram.models.ode import evaluation_times, integrate, time_grid
+from lowvram.settings import Solver
+
+if TYPE_CHECKING:
+    from lowvram.engine.voice import Voice
+
+TIME_POINTS = 10
+"""Points of the time grid: `num_steps` of `Qwen2_5OmniToken2WavModel.forward`."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What all pieces of one utterance share: the voice's part of the input, and the times.
+
+    `modulation` is [evaluations, rows, hidden] on the device, see `DiT.modulate`.
+    """
+
+    solver: Solver
+    grid: Tensor
+    speaker: Speaker
+    modulation: Tensor
+
+
+class Token2Wav(nn.Module):
+    """The DiT, which makes mel frames from codes and noise, and the vocoder after it."""
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__()
+        dit, bigvgan = config.dit, config.bigvgan
+        if dit is None or bigvgan is None:
+            raise CheckpointError("the checkpoint has no speech: use one with talker and token2wav")
+        self.code2wav_dit_model = DiT(dit)
+        self.code2wav_bigvgan_model = BigVGAN(bigvgan)
+        self.repeats = dit.repeats
+        self.codec_rows = dit.num_embeds + 1
+        self.samples_per_code = dit.repeats * bigvgan.samples_per_frame
+
+    @torch.no_grad()
+    def prepare(
+        self, voice: Voice, solver: Solver = "euler", points: int = TIME_POINTS
+    ) -> Utterance:
+        """Computes what does not depend on the codes; good for any number of pieces."""
+        dit = self.code2wav_dit_model
+        grid = time_grid(points)
+        modulation = dit.modulate(evaluation_times(grid, solver))
+        return Utterance(solver, grid, dit.speaker(voice.cond, voice.ref_mel), modulation)
+
+    @torch.no_grad()
+    def mel(self, utterance: Utterance, codes: Sequence[int], noise: Tensor) -> Tensor:
+        """Mel frames [n * repeats, mel_dim] of `n` codes, on the device.
+
+        Args:
+            noise: fp32 of the same shape as the result, on any device: the start of the flow.
+
+        Raises:
+            CheckpointError: a code that the codec's table has no row for.
+        """
+        self.check_codes(codes)
+        dit = self.code2wav_dit_model
+        weight = dit.proj_out.weight
+        condition = dit.condition(
+            torch.tensor(codes, dtype=torch.int64).to(weight.device), utterance.speaker
+        )
+
+        def velocity(evaluation: int, state: Tensor) -> Tensor:
+            return dit(state, utterance.modulation[evaluation], condition)
+
+        return integrate(velocity, noise.to(weight), utterance.grid, utterance.solver)
+
+    def check_codes(self, codes: Sequence[int]) -> None:
+        """Refuses codes outside the table on the host: on a device they would end the process.
+
+        Raises:
+            CheckpointError: names the first such code.
+        """
+        for code in codes:
+            if not 0 <= code < self.codec_rows:
+                raise CheckpointError(
+                    f"the Talker gave code {code}, the vocoder knows 0 to {self.codec_rows - 1}: "
+                    "its talker and token2wav do not belong together; use another checkpoint"
+                )
+
+    def wave(self, mel: Tensor) -> Tensor:
+        """Samples [T * 240] in [-1, 1] of mel frames [T, mel_dim], on the device."""
+        return self.code2wav_bigvgan_model(mel)
+
+    def forward(
+        self, codes: Sequence[int], voice: Voice, noise: Tensor, solver: Solver = "euler"
+    ) -> Tensor:
+        """A whole utterance in one piece: samples [n * 480] of `n` codes, on the device."""
+        return self.wave(self.mel(self.prepare(voice, solver), codes, noise))

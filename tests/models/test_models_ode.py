@@ -1,0 +1,66 @@
+"""The solvers: the grid, the order of convergence, and the arithmetic of transformers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram.models.ode import evaluation_times, integrate, time_grid
+from lowvram.settings import SOLVERS, Solver
+
+
+def test_grid_is_the_published_one() -> None:
+    """The times of the official low-VRAM mode, to the four places they can be checked by hand."""
+    wanted = [0, 0.0152, 0.0603, 0.134, 0.234, 0.3572, 0.5, 0.658, 0.8264, 1]
+    assert [round(t, 4) for t in time_grid(10).tolist()] == wanted
+    assert [round(1 - math.cos(math.pi / 2 * i / 9), 4) for i in range(10)] == wanted
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluations_happen_at_the_times_announced(solver: Solver) -> None:
+    grid = time_grid(5)
+    seen: list[int] = []
+
+    def field(evaluation: int, state: Tensor) -> Tensor:
+        seen.append(evaluation)
+        return torch.ones_like(state)
+
+    end = integrate(field, torch.zeros(3), grid, solver)
+    assert seen == list(range(len(evaluation_times(grid, solver))))
+    assert torch.allclose(end, torch.ones(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("rk4", 4)])
+def test_order_of_convergence(solver: Solver, order: int) -> None:
+    """On y' = -2 t y, solved by exp(-t^2); in fp64, to see the fourth order."""
+
+    def error(points: int) -> float:
+        grid = torch.linspace(0, 1, points, dtype=torch.float64)
+        times = evaluation_times(grid, solver)
+        start = torch.ones(1, dtype=torch.float64)
+        end = integrate(lambda i, y: -2 * times[i] * y, start, grid, solver)
+        return abs(end.item() - math.exp(-1))
+
+    assert math.log2(error(33) / error(65)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.oracle
+def test_runge_kutta_is_that_of_transformers() -> None:
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import RungeKutta4ODESolver
+
+    start = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    grid = time_grid(10)
+    asked: list[float] = []
+
+    def velocity(time: Tensor, state: Tensor) -> Tensor:
+        asked.append(float(time))
+        return torch.sin(3 * state + 5 * time)
+
+    wanted = RungeKutta4ODESolver(function=velocity, initial_value=start).integrate(grid)[-1]
+    times = evaluation_times(grid, "rk4")
+    assert times.tolist() == asked
+    end = integrate(lambda i, y: torch.sin(3 * y + 5 * times[i]), start, grid, "rk4")
+    assert torch.equal(end, wanted)
