@@ -1,10 +1,11 @@
 """The known checkpoints: shapes as in their published `config.json`, voices, hub ids.
 
 Sources: the `config.json` files of Qwen/Qwen2.5-Omni-7B and -3B on the Hugging Face hub
-(Apache-2.0 and the Qwen research licence). The 3B Talker's inner width and head counts could not be
-read there and are inferred: they are those of Qwen2.5-0.5B, which it is built on, and with them the
-parameters sum to the published 5.54 billion. A checkpoint that is opened always speaks for itself;
-this table is for planning without one, and for finding one by name.
+(Apache-2.0 and the Qwen research licence). The 3B Talker's inner width, head counts and rotary
+sections could not be read there: they are those of Qwen2.5-0.5B, which it is built on, xtuner's
+configuration of it says the same, and with them the parameters sum to the published 5.54 billion. A
+checkpoint that is opened always speaks for itself; this table is for planning without one, and for
+finding one by name.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Spec:
         return OmniConfig.from_dict(self.raw)
 
 
-def _rope() -> dict[str, Any]:
-    return {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+def _rope(*sections: int) -> dict[str, Any]:
+    return {"mrope_section": [*sections], "rope_type": "default", "type": "default"}
 
 
 def _text(**shape: int) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _text(**shape: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
-        "rope_scaling": _rope(),
+        "rope_scaling": _rope(16, 24, 24),
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
@@ -118,7 +119,7 @@ def _thinker(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _talker(embedding_size: int, **shape: int) -> dict[str, Any]:
+def _talker(embedding_size: int, rope: dict[str, Any], **shape: int) -> dict[str, Any]:
     return {
         "model_type": "qwen2_5_omni_talker",
         "embedding_size": embedding_size,
@@ -126,7 +127,7 @@ def _talker(embedding_size: int, **shape: int) -> dict[str, Any]:
         "max_position_embeddings": 32768,
         "num_hidden_layers": 24,
         "rms_norm_eps": 1e-6,
-        "rope_scaling": _rope(),
+        "rope_scaling": rope,
         "rope_theta": 1_000_000.0,
         "tts_codec_end_token_id": 8294,
         "tts_codec_mask_token_id": 8296,
@@ -204,7 +205,12 @@ _7B = _omni(
         )
     ),
     _talker(
-        3584, head_dim=128, intermediate_size=18944, num_attention_heads=12, num_key_value_heads=4
+        3584,
+        _rope(16, 24, 24),
+        head_dim=128,
+        intermediate_size=18944,
+        num_attention_heads=12,
+        num_key_value_heads=4,
     ),
 )
 
@@ -220,7 +226,12 @@ _3B = _omni(
         )
     ),
     _talker(
-        2048, head_dim=64, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2
+        2048,
+        _rope(16, 16, 0),
+        head_dim=64,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
     ),
 )
 
