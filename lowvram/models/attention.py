@@ -1,0 +1,173 @@
+"""The only attention of the package.
+
+Key and value heads are never repeated in memory and scores are never held whole, on any device.
+Where no mask tensor is needed one fused kernel does the work; elsewhere keys go by in blocks with a
+running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021,
+arXiv:2112.05682). Which way is taken, and every block size, depends on shapes and device alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
+
+QUERY_BLOCK = 256
+KEY_BLOCK = 512
+# With a single query row the scores are small, and each block costs a dozen kernel launches.
+ROW_KEY_BLOCK = 8192
+
+_Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
+) -> Tensor:
+    """Softmax attention with grouped heads.
+
+    Args:
+        q: [B, Hq, Tq, D].
+        k, v: [B, Hkv, Tk, D]; Hkv divides Hq, and query head h reads key head h // (Hq / Hkv).
+        causal: the last query sees every key, the one before it all but the last, and so on
+            (aligned lower-right); needs Tk >= Tq.
+        scale: of the scores; D ** -0.5 by default.
+
+    Returns:
+        [B, Hq, Tq, D] in the type of `q`; accumulated in fp32. On `meta` only this is allocated.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    batch, heads, rows, width = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    if heads % kv_heads or (causal and keys < rows):
+        raise ValueError(
+            f"{heads} query heads of {rows} rows on {kv_heads} key heads of {keys} keys "
+            f"(causal={causal}); wanted a multiple of heads, and at least as many keys as rows"
+        )
+    if q.device.type == "meta":
+        return torch.empty_like(q)
+    scale = width**-0.5 if scale is None else scale
+    if not causal or rows == 1:
+        # Without a mask, the query heads that read one key head can pass as rows of one head.
+        folded = q.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+        return _unmasked(folded, k, v, scale).reshape(q.shape)
+    if q.device.type == "cpu":
+        return _shared(q, k, v, scale, _causal_cpu)
+    if q.device.type == "cuda" and _cuda_fuses(q[:, :kv_heads], k, v, causal=True):
+        return _shared(q, k, v, scale, _causal_cuda)
+    return blockwise(q, k, v, causal=True, scale=scale)
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every row sees every key; equal numbers of heads."""
+    if q.device.type == "cpu":
+        out: Tensor = _flash_cpu(q, k, v, scale=scale)[0]
+        return out
+    if q.device.type == "cuda":
+        fused = _cuda_fuses(q, k, v, causal=False)
+    else:
+        fused = _backend_has_attention()
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return blockwise(q, k, v, causal=False, scale=scale)
+
+
+def _shared(q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: _Kernel) -> Tensor:
+    """Run a kernel that wants equal numbers of heads, without repeating the key heads: the members
+    of a group become its batch, along which keys and values are views of stride 0."""
+    batch, heads, rows, width = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    if group == 1:
+        return kernel(q, k, v, scale)
+    out = q.new_empty(batch, rows, kv_heads, group, width)
+    for one, keys, values, place in zip(q, k, v, out, strict=True):
+        members = one.unflatten(0, (kv_heads, group)).transpose(0, 1)
+        result = kernel(
+            members, keys.expand(group, *keys.shape), values.expand(group, *values.shape), scale
+        )
+        place.copy_(result.permute(2, 1, 0, 3))
+    return out.flatten(2, 3).transpose(1, 2)
+
+
+def _causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The CPU kernel aligns its triangle upper-left, so it is given the square at the end; what
+    lies before the square is seen by all rows, and is joined to it by the two log-sum-exps."""
+    past = k.shape[2] - q.shape[2]
+    own, own_mass = _flash_cpu(q, k[:, :, past:], v[:, :, past:], is_causal=True, scale=scale)
+    if past == 0:
+        result: Tensor = own
+        return result
+    old, old_mass = _flash_cpu(q, k[:, :, :past], v[:, :, :past], scale=scale)
+    share = torch.sigmoid(old_mass - own_mass).unsqueeze(-1)
+    return torch.lerp(own.float(), old.float(), share).to(q.dtype)
+
+
+def _causal_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _cuda_fuses(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> bool:
+    """Whether torch has a kernel for these inputs that does not write the scores out."""
+    inputs = SDPAParams(q, k, v, None, 0.0, causal, False)
+    return can_use_flash_attention(inputs) or can_use_efficient_attention(inputs)
+
+
+@functools.cache
+def _backend_has_attention() -> bool:
+    """Whether the out-of-tree device (torch_npu) brings its own attention; without one, torch
+    composes it from full score matrices."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::scaled_dot_product_attention", "PrivateUse1"
+    )
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """`attention` with plain operations, for devices without a fused kernel. Holds the scores of
+    `QUERY_BLOCK` x `KEY_BLOCK` (or 1 x `ROW_KEY_BLOCK`) per head at a time, in fp32."""
+    kv_heads, rows = k.shape[1], q.shape[2]
+    past = k.shape[2] - rows
+    out = torch.empty_like(q)
+    grouped, placed = (t.unflatten(1, (kv_heads, -1)) for t in (q, out))
+    for begin in range(0, rows, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, rows)
+        # Keys after this are in the future of the whole block.
+        seen = past + end if causal else k.shape[2]
+        first = past + begin if causal else None
+        placed[:, :, :, begin:end] = _query_block(
+            grouped[:, :, :, begin:end].float() * scale, k[:, :, :seen], v[:, :, :seen], first
+        )
+    return out
+
+
+def _query_block(q: Tensor, k: Tensor, v: Tensor, first: int | None) -> Tensor:
+    """Running softmax of fp32 queries [B, Hkv, G, rows, D] over all of `k`, `v` [B, Hkv, Tk, D].
+    `first` is the index of the last key that row 0 sees, one more for each row; None: no mask."""
+    rows = q.shape[3]
+    step = ROW_KEY_BLOCK if rows == 1 else KEY_BLOCK
+    folded = q.flatten(2, 3)
+    best = folded.new_full((*folded.shape[:3], 1), float("-inf"))
+    mass = torch.zeros_like(best)
+    total = torch.zeros_like(folded)
+    for begin in range(0, k.shape[2], step):
+        end = min(begin + step, k.shape[2])
+        scores = folded @ k[:, :, begin:end].float().transpose(2, 3)
+        if first is not None and end > first + 1:
+            index = torch.arange(first, first + rows, device=q.device)
+            hidden = torch.arange(begin, end, device=q.device) > index[:, None]
+            scores.unflatten(2, (-1, rows)).masked_fill_(hidden, float("-inf"))
+        highest = torch.maximum(best, scores.amax(-1, keepdim=True))
+        fade = torch.exp(best - highest)
+        scores.sub_(highest).exp_()
+        mass.mul_(fade).add_(scores.sum(-1, keepdim=True))
+        total.mul_(fade).add_(scores @ v[:, :, begin:end].float())
+        best = highest
+    return total.div_(mass).unflatten(2, (-1, rows))
