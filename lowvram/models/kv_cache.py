@@ -1,0 +1,74 @@
+"""Keys and values of a decoder, allocated once for the longest sequence of the request."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One tensor `data` [layers, 2, batch, kv_heads, max_tokens, head_dim]; uninitialised until
+    written, and only what was written is ever returned."""
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self.data = torch.empty(
+            layers, 2, batch, kv_heads, max_tokens, head_dim, dtype=dtype, device=device
+        )
+
+    @staticmethod
+    def bytes_for(
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> int:
+        """Bytes that a cache of this shape takes."""
+        return 2 * math.prod((layers, batch, kv_heads, max_tokens, head_dim)) * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each a view [B, Hkv, max_tokens, D]."""
+        keys, values = self.data[index].unbind(0)
+        return keys, values
+
+    def write(self, index: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store tokens `start` to `start + T` of a layer.
+
+        Args:
+            keys, values: [B, Hkv, T, D].
+
+        Returns:
+            All keys and values of that layer up to `start + T`, each [B, Hkv, start + T, D].
+
+        Raises:
+            ValueError: the cache is shorter than that.
+        """
+        end = start + keys.shape[2]
+        if end > self.max_tokens:
+            raise ValueError(f"{end} tokens in a KV cache made for {self.max_tokens}")
+        all_keys, all_values = self.layer(index)
+        all_keys[:, :, start:end].copy_(keys)
+        all_values[:, :, start:end].copy_(values)
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def free(self) -> None:
+        """Give the memory back, whoever still holds the cache; nothing can be written after."""
+        self.data = self.data.new_empty(0)
+        self.max_tokens = 0

@@ -1,0 +1,119 @@
+"""The Qwen2 decoder with TMRoPE, and the Thinker's text model built on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.config import DecoderConfig, ThinkerConfig
+from lowvram.models.attention import attention
+from lowvram.models.kv_cache import KVCache
+from lowvram.models.layers import GatedMLP, RMSNorm
+from lowvram.models.linear import LinearFactory
+from lowvram.models.rope import Rope, mrope, rotate
+
+
+class SelfAttention(nn.Module):
+    """Causal attention of new tokens to themselves and to what the cache holds."""
+
+    def __init__(self, config: DecoderConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        inner = config.num_attention_heads * config.head_dim
+        kv_inner = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(f"{name}.q_proj", config.hidden_size, inner, True)
+        self.k_proj = linear(f"{name}.k_proj", config.hidden_size, kv_inner, True)
+        self.v_proj = linear(f"{name}.v_proj", config.hidden_size, kv_inner, True)
+        self.o_proj = linear(f"{name}.o_proj", inner, config.hidden_size, False)
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache, index: int, start: int) -> Tensor:
+        q = rotate(self._heads(self.q_proj(x)), rope).transpose(1, 2)
+        k = rotate(self._heads(self.k_proj(x)), rope).transpose(1, 2)
+        v = self._heads(self.v_proj(x)).transpose(1, 2)
+        keys, values = cache.write(index, start, k, v)
+        mixed = attention(q, keys, values, causal=True)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class DecoderLayer(nn.Module):
+    """One layer; `index` is its place in the cache."""
+
+    def __init__(self, config: DecoderConfig, linear: LinearFactory, name: str, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.self_attn = SelfAttention(config, linear, f"{name}.self_attn")
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, linear, f"{name}.mlp", bias=False
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache, start: int) -> Tensor:
+        """[B, T, H] -> [B, T, H]; tokens `start` to `start + T` are written to the cache."""
+        # The sums go into the fresh outputs of the linears; `x` belongs to the caller.
+        attended: Tensor = self.self_attn(self.input_layernorm(x), rope, cache, self.index, start)
+        x = attended.add_(x)
+        out: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return out.add_(x)
+
+
+class Decoder(nn.Module):
+    """Layers and final norm of a Qwen2 decoder. `name` is its checkpoint name (`thinker.model`)."""
+
+    def __init__(self, config: DecoderConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, linear, f"{name}.layers.{i}", i)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """Tables for `forward`, on the device of the weights.
+
+        Args:
+            positions: int64 [3, B, T], time, height and width; best left on the host, where the
+                tables are then made in fp32, the same for every device.
+            dtype: that of the activations.
+        """
+        config = self.config
+        cos, sin = mrope(positions, config.mrope_section, config.head_dim, config.rope_theta)
+        device = self.norm.weight.device
+        return cos.to(dtype).to(device), sin.to(dtype).to(device)
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache, start: int) -> Tensor:
+        """Run tokens `start` to `start + T` of a sequence whose first `start` are in the cache.
+
+        Args:
+            x: [B, T, H] embeddings; left as they are.
+            rope: from `rope`, for these T tokens.
+            cache: holds `start` tokens, and `start + T` afterwards.
+
+        Returns:
+            [B, T, H] hidden states after the final norm.
+        """
+        for layer in self.layers:
+            x = layer(x, rope, cache, start)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class ThinkerText(nn.Module):
+    """The Thinker without its towers and its embedding, whose rows are read on the host.
+    Parameters are named as in the checkpoint, after `thinker.`."""
+
+    def __init__(self, config: ThinkerConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        text = config.text
+        self.model = Decoder(text, linear, "thinker.model")
+        self.lm_head = linear("thinker.lm_head", text.hidden_size, text.vocab_size, False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [B, V] of hidden states [B, H], such as those of the last position."""
+        scores: Tensor = self.lm_head(hidden)
+        return scores.float()
