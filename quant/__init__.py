@@ -10,19 +10,35 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .kernels import Kernel, Problem, select
+    from .linear import QuantLinear
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
+    from .phase import current_phase, kernel_phase
+    from .sizes import KernelName, linear_bytes
 
 __all__ = [
     "GROUPS",
+    "Kernel",
+    "KernelName",
     "Packed",
+    "Problem",
+    "QuantLinear",
+    "current_phase",
     "dequantize",
+    "kernel_phase",
+    "linear_bytes",
     "pack",
     "quantize",
+    "select",
     "unpack",
 ]
 
 _HOME = {
+    "kernels": ("Kernel", "Problem", "select"),
+    "linear": ("QuantLinear",),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
+    "phase": ("current_phase", "kernel_phase"),
+    "sizes": ("KernelName", "linear_bytes"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
