@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
-# With a single query row the scores are small, and each block costs a dozen kernel launches.
-ROW_KEY_BLOCK = 8192
+# Few query rows take more keys at a time, for as many scores: a block costs a dozen launches.
+LONGEST_KEY_BLOCK = 8192
 
 _Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -111,7 +110,13 @@ def _causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _causal_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    bias = causal_lower_right(q.shape[2], k.shape[2])
+    rows, keys = q.shape[2], k.shape[2]
+    if rows == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    # Imported late: it brings in the whole of torch's compiler, some two seconds.
+    from torch.nn.attention.bias import causal_lower_right
+
+    bias = causal_lower_right(rows, keys)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
@@ -131,8 +136,8 @@ def _backend_has_attention() -> bool:
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
-    """`attention` with plain operations, for devices without a fused kernel. Holds the scores of
-    `QUERY_BLOCK` x `KEY_BLOCK` (or 1 x `ROW_KEY_BLOCK`) per head at a time, in fp32."""
+    """`attention` with plain operations, for devices without a fused kernel. Holds at most
+    `QUERY_BLOCK` x `KEY_BLOCK` scores per head at a time, in fp32."""
     kv_heads, rows = k.shape[1], q.shape[2]
     past = k.shape[2] - rows
     out = torch.empty_like(q)
@@ -152,7 +157,7 @@ def _query_block(q: Tensor, k: Tensor, v: Tensor, first: int | None) -> Tensor:
     """Running softmax of fp32 queries [B, Hkv, G, rows, D] over all of `k`, `v` [B, Hkv, Tk, D].
     `first` is the index of the last key that row 0 sees, one more for each row; None: no mask."""
     rows = q.shape[3]
-    step = ROW_KEY_BLOCK if rows == 1 else KEY_BLOCK
+    step = min(QUERY_BLOCK * KEY_BLOCK // rows, LONGEST_KEY_BLOCK)
     folded = q.flatten(2, 3)
     best = folded.new_full((*folded.shape[:3], 1), float("-inf"))
     mass = torch.zeros_like(best)

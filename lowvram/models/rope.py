@@ -23,7 +23,7 @@ def inverse_frequencies(width: int, theta: float) -> Tensor:
 
 
 def mrope(positions: Tensor, sections: Sequence[int], head_dim: int, theta: float) -> Rope:
-    """fp32 tables of TMRoPE (Qwen2.5-Omni technical report, section 2.2).
+    """fp32 tables of TMRoPE (Qwen2.5-Omni technical report, arXiv:2503.20215).
 
     Args:
         positions: int64 [3, B, T], the time, height and width axis of every token.

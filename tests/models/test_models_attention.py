@@ -10,7 +10,7 @@ import torch
 from allocations import Allocations
 from torch import Tensor
 
-from lowvram.models.attention import KEY_BLOCK, QUERY_BLOCK, ROW_KEY_BLOCK, attention, blockwise
+from lowvram.models.attention import KEY_BLOCK, LONGEST_KEY_BLOCK, QUERY_BLOCK, attention, blockwise
 
 Attention = Callable[..., Tensor]
 
@@ -77,7 +77,7 @@ def test_block_edges(way: Attention, past: int) -> None:
 
 @WAYS
 def test_one_row_over_many_keys(way: Attention) -> None:
-    q, k, v = inputs(4, 2, 1, 2 * ROW_KEY_BLOCK + 3, batch=1, width=8)
+    q, k, v = inputs(4, 2, 1, 2 * LONGEST_KEY_BLOCK + 3, batch=1, width=8)
     out = way(q, k, v, causal=True)
     torch.testing.assert_close(out.double(), textbook(q, k, v, True), rtol=0, atol=1e-5)
 
@@ -123,9 +123,8 @@ def test_no_score_matrix_and_no_repeated_heads(
     q, k, v = inputs(query_heads, kv_heads, rows, keys, batch=1, width=8)
     with Allocations() as made:
         way(q, k, v, causal=causal)
-    step = KEY_BLOCK if rows > 1 else ROW_KEY_BLOCK
-    scores = query_heads * min(rows, QUERY_BLOCK) * step
-    allowed = 4 * max(query_heads * rows * 8, scores, kv_heads * step * 8)
+    scores = query_heads * QUERY_BLOCK * KEY_BLOCK
+    allowed = 4 * max(query_heads * rows * 8, scores, kv_heads * LONGEST_KEY_BLOCK * 8)
     repeated = 4 * query_heads * keys * 8
     assert 0 < max(made.sizes) <= allowed < max(4 * query_heads * rows * keys, repeated)
 
