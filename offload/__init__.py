@@ -59,4 +59,10 @@ def __getattr__(name: str) -> object:
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module(".probe", __name__).defer_npu_autoload()
-    return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -42,6 +42,12 @@ class StorageLedger(TorchDispatchMode):
         self._grown = grown
         self._live: dict[int, tuple[int, _Gone]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch imports its whole compiler, a second of work, at the first operation. Nothing
+        # is compiled while this mode is on.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

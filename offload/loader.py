@@ -9,9 +9,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lowvram.errors import CheckpointError
 
@@ -50,11 +52,23 @@ class _Slot:
     is_parameter: bool
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out what constructors draw, for which torch would import a second's worth of code."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 class _Skeleton:
     """A built part without memory, and how to get back there."""
 
     def __init__(self, part: Part) -> None:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialValues():
             self.module = part.build().eval().requires_grad_(False)
         self.slots = [s for path, m in self.module.named_modules() for s in _slots(part, path, m)]
         self._at_rest = [(m, dict(m._parameters), dict(m._buffers)) for m in self.module.modules()]
@@ -133,7 +147,8 @@ class Loader:
 
     def _fill(self, name: str, skeleton: _Skeleton) -> None:
         for slot in skeleton.slots:
-            filled = torch.empty_like(slot.empty, device=self._device.torch)
+            shape, dtype = slot.empty.shape, slot.empty.dtype
+            filled = torch.empty(shape, dtype=dtype, device=self._device.torch)
             if slot.is_parameter:
                 slot.owner._parameters[slot.local] = nn.Parameter(filled, requires_grad=False)
             else:
