@@ -1,0 +1,168 @@
+"""The checkpoint's chat template, rendered in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lowvram.conversation.messages import Message, Text
+from lowvram.errors import CheckpointError, LowVRAMError, UsageError
+
+
+class Marks:
+    """Stand-ins for the texts of a conversation, and the way back.
+
+    The template runs on the marks, so nothing typed can pass for a special token that it writes. A
+    mark is two private-use characters with numbers between, the first of which is chosen so that no
+    text contains it.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        nonce = 0
+        while any(self._mark(nonce, "") in text for text in texts):
+            nonce += 1
+        self._texts = texts
+        self._nonce = nonce
+
+    @staticmethod
+    def _mark(nonce: int, rest: str) -> str:
+        return f"\ue000{nonce}:{rest}"
+
+    def mark(self, index: int) -> str:
+        return self._mark(self._nonce, f"{index}\ue001")
+
+    def fill(self, rendered: str) -> str:
+        """`rendered` with the texts back in the place of their marks."""
+        pattern = re.escape(self._mark(self._nonce, "")) + "(\\d+)\ue001"
+        return re.sub(pattern, lambda found: self._texts[int(found[1])], rendered)
+
+
+class ChatTemplate:
+    """A jinja2 template, compiled at first use."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self._source = source
+        self._tokens = dict(tokens)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatTemplate:
+        """From `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`, the first
+        there.
+
+        Raises:
+            CheckpointError: none of them has one, or a file is damaged.
+        """
+        config = _read_json(folder / "tokenizer_config.json")
+        tokens = {
+            key: _token_text(value) for key, value in config.items() if key.endswith("_token")
+        }
+        single = folder / "chat_template.jinja"
+        source: Any = None
+        if single.exists():
+            source = single.read_text(encoding="utf-8")
+        if source is None:
+            source = _read_json(folder / "chat_template.json").get("chat_template")
+        if source is None:
+            source = config.get("chat_template")
+        if isinstance(source, list):
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        if not isinstance(source, str):
+            raise CheckpointError(
+                f"{folder} has no chat template; wanted chat_template.jinja, chat_template.json or "
+                "one in tokenizer_config.json: take the files from the published checkpoint"
+            )
+        return cls(source, {key: text for key, text in tokens.items() if text is not None})
+
+    def render(self, messages: tuple[Message, ...], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as one string, texts included."""
+        texts = _texts(messages)
+        return self._render(messages, texts, add_generation_prompt)
+
+    def render_marked(self, messages: tuple[Message, ...]) -> tuple[str, Marks]:
+        """The conversation up to the reply, with a mark in the place of each text."""
+        texts = _texts(messages)
+        marks = Marks(texts)
+        return self._render(messages, [marks.mark(i) for i in range(len(texts))], True), marks
+
+    def _render(
+        self, messages: tuple[Message, ...], texts: list[str], add_generation_prompt: bool
+    ) -> str:
+        left = iter(texts)
+        plain = [{"role": m.role, "content": _content(m, left)} for m in messages]
+        try:
+            return str(
+                self._compiled.render(
+                    messages=plain, add_generation_prompt=add_generation_prompt, **self._tokens
+                )
+            )
+        except LowVRAMError:
+            raise
+        except Exception as error:  # a template can raise anything
+            raise CheckpointError(
+                f"the chat template fails: {error}; take the published one"
+            ) from error
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """Compiled as transformers compiles chat templates: same environment, filters and
+        globals."""
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(self._source)
+        except TemplateError as error:
+            raise CheckpointError(
+                f"the chat template cannot be read: {error}; take the published one"
+            ) from error
+
+
+def _texts(messages: tuple[Message, ...]) -> list[str]:
+    return [part.text for m in messages for part in m.parts if isinstance(part, Text)]
+
+
+def _content(message: Message, texts: Iterator[str]) -> str | list[dict[str, str]]:
+    if len(message.parts) == 1 and isinstance(message.parts[0], Text):
+        return next(texts)
+    return [
+        {"type": "text", "text": next(texts)}
+        if isinstance(part, Text)
+        else {"type": part.kind, part.kind: ""}
+        for part in message.parts
+    ]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(f"the checkpoint's chat template refuses the conversation: {message}")
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); get the file again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _token_text(value: Any) -> str | None:
+    """A token in `tokenizer_config.json`: a string, or a dict with its content."""
+    return value.get("content") if isinstance(value, dict) else value
