@@ -66,7 +66,7 @@ class VocodeSettings:
         return (self.time_points - 1) * EVALUATIONS_PER_STEP[self.solver]
 
     def largest_pass(self, codes: int, frames_per_code: int = 2) -> tuple[int, int]:
-        """Mel frames of the longest pass, of the DiT and of the vocoder, in speech up to `codes`."""
+        """Mel frames of the longest pass of the DiT and of the vocoder, in speech up to `codes`."""
         speech = codes * frames_per_code
         if self.whole:
             return speech, speech

@@ -58,6 +58,11 @@ def test_context_that_a_piece_needs(context: int, error: float) -> None:
     assert not torch.allclose(short, whole, rtol=0, atol=10 * error)
 
 
+def test_samples_stay_within_one() -> None:
+    samples = tiny_token2wav(seed=5, std=0.15).code2wav_bigvgan_model(log_mel(4))
+    assert samples.min() == -1 and samples.max() == 1
+
+
 def test_input_stays_as_it_was() -> None:
     mel = log_mel(4)
     tiny_token2wav(seed=5).code2wav_bigvgan_model(mel)

@@ -18,7 +18,11 @@ Pair = tuple[Any, DiT]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "as published": {},
-    "both ways at once": {"block_size": 8, "look_ahead_layers": [1, 2]},
+    "both ways at once": {
+        "block_size": 8,
+        "look_ahead_layers": [1, 2],
+        "enc_res2net_scale": 4,
+    },
     "three frames a code": {"repeats": 3, "block_size": 6, "head_dim": 8, "rope_theta": 500.0},
 }
 
