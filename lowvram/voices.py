@@ -17,16 +17,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from lowvram.config import DiTConfig
 from lowvram.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 Array = npt.NDArray[Any]
 
@@ -42,16 +39,6 @@ class VoiceInfo:
 
     name: str
     frames: int
-
-
-@dataclass(frozen=True)
-class Voice:
-    """One voice: float32 `cond` [1, enc_emb_dim] and `ref_mel` [1, frames, mel_dim] on the CPU."""
-
-    name: str
-    bos_token: int
-    cond: torch.Tensor
-    ref_mel: torch.Tensor
 
 
 def read_voice_infos(path: Path, config: DiTConfig) -> tuple[VoiceInfo, ...]:
@@ -72,8 +59,8 @@ def read_voice_infos(path: Path, config: DiTConfig) -> tuple[VoiceInfo, ...]:
     return tuple(_info(path, name, fields, config) for name, fields in _items(path, content))
 
 
-def load_voices(path: Path, config: DiTConfig) -> dict[str, Voice]:
-    """The voices with their tensors.
+def read_voices(path: Path, config: DiTConfig) -> dict[str, dict[str, Any]]:
+    """The voices with their values, tensors on the CPU, as they stand in the file.
 
     Raises:
         CheckpointError: as `read_voice_infos`, or tensors that cannot be read.
@@ -85,15 +72,7 @@ def load_voices(path: Path, config: DiTConfig) -> dict[str, Voice]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # As above: torch raises many kinds.
         raise _damaged(path, str(error).splitlines()[0]) from error
-    return {
-        info.name: Voice(
-            info.name,
-            int(content[info.name]["bos_token"]),
-            content[info.name]["cond"].float().contiguous(),
-            content[info.name]["ref_mel"].float().contiguous(),
-        )
-        for info in infos
-    }
+    return {info.name: content[info.name] for info in infos}
 
 
 def write_voices(path: Path, voices: Mapping[str, Mapping[str, int | Array]]) -> None:

@@ -22,7 +22,7 @@ from lowvram.config import DiTConfig, OmniConfig
 from lowvram.errors import CheckpointError
 from lowvram.pocket_vocabulary import special_ids, vocabulary_size, word_ids
 from lowvram.tensors import expected_tensors, thinker_linears
-from lowvram.voices import load_voices, read_voice_infos, write_voices
+from lowvram.voices import read_voice_infos, read_voices, write_voices
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_voice_file_is_what_torch_reads(tmp_path: Path) -> None:
         ("Chelsie", 11),
         ("Ethan", 11),
     ]
-    assert load_voices(path, config)["Ethan"].bos_token == 5
+    assert read_voices(path, config)["Ethan"]["bos_token"] == 5
 
 
 @pytest.mark.oracle

@@ -1,0 +1,77 @@
+"""4-bit linears through the loader: read as stored, turned once, dropped and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lowvram.offload import Loader, Meter, Part, Store, open_device
+from lowvram.quant import QuantLinear, linear_bytes
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lowvram.pocket import make_checkpoint
+
+LAYER = "thinker.model.layers.2."
+LINEARS = {
+    "self_attn.k_proj": (256, 64, True),
+    "self_attn.o_proj": (256, 256, False),
+    "mlp.down_proj": (512, 256, False),
+}
+
+
+def build(dtype: torch.dtype) -> nn.Module:
+    root = nn.ModuleDict({"self_attn": nn.ModuleDict(), "mlp": nn.ModuleDict()})
+    for path, (inputs, outputs, bias) in LINEARS.items():
+        room, name = path.split(".")
+        branch = root[room]
+        assert isinstance(branch, nn.ModuleDict)
+        branch[name] = QuantLinear(inputs, outputs, bias, 128, dtype=dtype)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "bound"),
+    [(torch.float32, "reference", 1e-6), (torch.bfloat16, "cpu", 6e-3)],
+    ids=str,
+)
+def test_load_drop_and_load_again(
+    tmp_path: Path, dtype: torch.dtype, kernel: str, bound: float
+) -> None:
+    folder = make_checkpoint(tmp_path / "awq", awq=True, speech=False)
+    twin = load_file(
+        make_checkpoint(tmp_path / "twin", awq="dequantized", speech=False) / "model.safetensors"
+    )
+    x = {inputs: torch.randn(3, inputs).to(dtype) for inputs in (256, 512)}
+
+    def results(module: nn.Module) -> dict[str, Tensor]:
+        found = {}
+        for path, (inputs, _, _) in LINEARS.items():
+            linear = module.get_submodule(path)
+            assert isinstance(linear, QuantLinear) and linear.kernel.name == kernel
+            found[path] = linear(x[inputs])
+        return found
+
+    device = open_device("cpu")
+    meter = Meter(device)
+    with Store.open(folder) as store:
+        loader = Loader(store, device, meter, [Part("layer", LAYER, lambda: build(dtype), dtype)])
+        first = results(loader.load("layer"))
+        for path, out in first.items():
+            weight, bias = twin[f"{LAYER}{path}.weight"], twin.get(f"{LAYER}{path}.bias")
+            inputs = LINEARS[path][0]
+            exact = F.linear(x[inputs].float(), weight, None if bias is None else bias.float())
+            assert (out.float() - exact).norm() / exact.norm() < bound, path
+        size = 2 if dtype == torch.bfloat16 else 4
+        held = sum(linear_bytes(i, o, 128, kernel) for i, o, _ in LINEARS.values()) + 64 * size  # type: ignore[arg-type]
+        module = loader.load("layer")
+        assert sum(buffer.nbytes for buffer in module.buffers()) == held
+        loader.drop("layer")
+        assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+        assert loader.nbytes("layer") == sum(
+            linear_bytes(i, o, 128) for i, o, _ in LINEARS.values()
+        ) + (64 * size)
+        again = results(loader.load("layer"))
+        assert all(torch.equal(first[path], again[path]) for path in LINEARS)
