@@ -27,6 +27,11 @@ class QuantLinear(nn.Module):
     place: there is one copy of the weights. Without it the reference kernel is used.
     """
 
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -66,9 +71,9 @@ class QuantLinear(nn.Module):
 
     def after_load(self) -> None:
         """Choose the kernel for where the tensors now are, and give it its layout."""
-        stored = [self.get_buffer(name) for name in _STORED]
-        self.kernel = self.choose(stored[0].device.type)
-        held = self.kernel.prepare(*stored, self.group_size)
+        qweight, qzeros, scales = (self.get_buffer(name) for name in _STORED)
+        self.kernel = self.choose(qweight.device.type)
+        held = self.kernel.prepare(qweight, qzeros, scales, self.group_size)
         for name in _STORED:
             del self._buffers[name]
         for name, tensor in held.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -18,12 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from lowvram import hub
 from lowvram.checkpoint import Checkpoint, Difference, resolve
-from lowvram.config import DiTConfig
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.pocket import REPLY_TOKENS, SPEECH_CODES, make_checkpoint
 from lowvram.pocket_vocabulary import special_ids
 from lowvram.tensors import PARTS
-from lowvram.voices import read_voice_infos
 
 UP = "thinker.model.layers.0.mlp.up_proj"
 
@@ -124,64 +121,6 @@ def test_voices_are_those_torch_loads(whole: Checkpoint) -> None:
         assert torch.equal(voice.cond, read[name]["cond"])
         assert torch.equal(voice.ref_mel, read[name]["ref_mel"])
     assert not torch.equal(voices["Ethan"].cond, voices["Chelsie"].cond)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_voices_saved_by_torch_in_either_layout(tmp_path: Path, zipped: bool) -> None:
-    entry = {"bos_token": 3, "cond": torch.rand(1, 6), "ref_mel": torch.rand(1, 9, 4)}
-    path = tmp_path / "spk_dict.pt"
-    other = {**entry, "ref_mel": torch.rand(2, 9, 4, dtype=torch.float64)[:1], "note": "x"}
-    torch.save({"One": entry, "Two": other}, path, _use_new_zipfile_serialization=zipped)
-    infos = read_voice_infos(path, DiTConfig(enc_emb_dim=6, mel_dim=4))
-    assert [(info.name, info.frames) for info in infos] == [("One", 9), ("Two", 9)]
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(Path(os.environ["XDG_CACHE_HOME"]) / "owned"),)
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ({"A": Malicious()}, "mkdir"),
-        ({"A": {"bos_token": 1}}, "cond None"),
-        ({"A": {"bos_token": -1, "cond": torch.zeros(1, 48)}}, "bos_token -1"),
-        (
-            {"A": {"bos_token": 1, "cond": torch.zeros(48), "ref_mel": torch.zeros(1, 9, 80)}},
-            r"cond \[48\], wanted \[1, 48\]",
-        ),
-        (
-            {"A": {"bos_token": 1, "cond": torch.zeros(1, 48), "ref_mel": torch.zeros(1, 0, 80)}},
-            "ref_mel",
-        ),
-        ({}, "no voices"),
-        ([1, 2], "no voices"),
-        ("plain pickle", "no file saved by torch"),
-        (b"\x80\x02 nonsense", "cannot be read"),
-        (b"", "cannot be read"),
-        (None, "is missing"),
-    ],
-)
-def test_a_bad_voice_file(tmp_path: Path, content: object, problem: str) -> None:
-    folder = make_checkpoint(tmp_path)
-    path = folder / "spk_dict.pt"
-    if content is None:
-        path.unlink()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, str):
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path)
-    checkpoint = resolve(folder)
-    with pytest.raises(CheckpointError, match=problem) as caught:
-        _ = checkpoint.voices
-    assert "\n" not in str(caught.value)
-    assert not (Path(os.environ["XDG_CACHE_HOME"]) / "owned").exists()
-    # A request without speech never looks at it.
-    assert checkpoint.check(speech=False) == []
-    assert [difference.kind for difference in checkpoint.check()] == ["voices"]
 
 
 def test_differences_are_named(tmp_path: Path) -> None:

@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from lowvram import pocket
-from lowvram.config import DiTConfig, OmniConfig
+from lowvram.config import OmniConfig
 from lowvram.errors import CheckpointError
 from lowvram.pocket_vocabulary import special_ids, vocabulary_size, word_ids
 from lowvram.tensors import expected_tensors, thinker_linears
-from lowvram.voices import read_voice_infos, read_voices, write_voices
 
 
 @pytest.fixture(scope="module")
@@ -240,33 +239,6 @@ def test_transformers_reads_the_tokenizer_alike(folder: Path) -> None:
         "<|im_start|>user\nThanks.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-
-
-def test_voice_file_is_what_torch_reads(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    values = {
-        name: {
-            "bos_token": bos,
-            "cond": rng.random((1, 7), dtype=np.float32),
-            "ref_mel": rng.random((1, 11, 3), dtype=np.float32),
-        }
-        for name, bos in (("Chelsie", 151872), ("Ethan", 5))
-    }
-    path = tmp_path / "spk_dict.pt"
-    write_voices(path, values)
-    read = torch.load(path, weights_only=True)
-    assert list(read) == ["Chelsie", "Ethan"]
-    for name, fields in values.items():
-        assert read[name]["bos_token"] == fields["bos_token"]
-        for key in ("cond", "ref_mel"):
-            assert read[name][key].dtype == torch.float32
-            assert np.array_equal(read[name][key].numpy(), fields[key])
-    config = DiTConfig(enc_emb_dim=7, mel_dim=3)
-    assert [(v.name, v.frames) for v in read_voice_infos(path, config)] == [
-        ("Chelsie", 11),
-        ("Ethan", 11),
-    ]
-    assert read_voices(path, config)["Ethan"]["bos_token"] == 5
 
 
 @pytest.mark.oracle

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowvram.offload import Loader, Meter, Part, Store, open_device
-from lowvram.quant import QuantLinear, linear_bytes
+from lowvram.quant import KernelName, QuantLinear, linear_bytes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def build(dtype: torch.dtype) -> nn.Module:
     ids=str,
 )
 def test_load_drop_and_load_again(
-    tmp_path: Path, dtype: torch.dtype, kernel: str, bound: float
+    tmp_path: Path, dtype: torch.dtype, kernel: KernelName, bound: float
 ) -> None:
     folder = make_checkpoint(tmp_path / "awq", awq=True, speech=False)
     twin = load_file(
@@ -65,7 +65,7 @@ def test_load_drop_and_load_again(
             exact = F.linear(x[inputs].float(), weight, None if bias is None else bias.float())
             assert (out.float() - exact).norm() / exact.norm() < bound, path
         size = 2 if dtype == torch.bfloat16 else 4
-        held = sum(linear_bytes(i, o, 128, kernel) for i, o, _ in LINEARS.values()) + 64 * size  # type: ignore[arg-type]
+        held = sum(linear_bytes(i, o, 128, kernel) for i, o, _ in LINEARS.values()) + 64 * size
         module = loader.load("layer")
         assert sum(buffer.nbytes for buffer in module.buffers()) == held
         loader.drop("layer")
