@@ -11,33 +11,6 @@ import lowvram
 
 HEAVY = ("torch", "transformers", "torchvision", "accelerate")
 
-LIGHT_MODULES = (
-    "lowvram",
-    "lowvram.chat",
-    "lowvram.checkpoint",
-    "lowvram.config",
-    "lowvram.conversation",
-    "lowvram.errors",
-    "lowvram.events",
-    "lowvram.options",
-    "lowvram.offload",
-    "lowvram.offload.budget",
-    "lowvram.offload.probe",
-    "lowvram.offload.store",
-    "lowvram.planner",
-    "lowvram.pocket",
-    "lowvram.quant",
-    "lowvram.report",
-    "lowvram.settings",
-    "lowvram.specs",
-    "lowvram.tensors",
-    "lowvram.cli.chat",
-    "lowvram.cli.doctor",
-    "lowvram.cli.main",
-    "lowvram.cli.plan",
-    "lowvram.cli.run",
-)
-
 
 def heavy_after(code: str) -> list[str]:
     """The heavy modules that a fresh interpreter has imported when it has run `code`."""
@@ -49,9 +22,8 @@ def heavy_after(code: str) -> list[str]:
     return done.stderr.splitlines()[-1].split()
 
 
-@pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_light_modules_are_light(module: str) -> None:
-    assert heavy_after(f"import {module}") == []
+def test_the_package_is_light() -> None:
+    assert heavy_after("import lowvram") == []
 
 
 @pytest.mark.parametrize(
@@ -67,7 +39,7 @@ def test_light_modules_are_light(module: str) -> None:
         (["-m", "no/such/folder", "-p", "hi", "--offline"], 1),
         (["-o", "no/such/folder/out.wav"], 1),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_what_needs_no_weights_imports_no_torch(argv: list[str], code: int) -> None:
     run = f"from lowvram.cli.main import main\nassert main({argv}) == {code}"

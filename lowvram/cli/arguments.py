@@ -89,7 +89,7 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "-m",
         "--model",
@@ -116,7 +116,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model, and where it runs")
-    _add_model(group)  # type: ignore[arg-type]
+    _add_model(group)
     group.add_argument(
         "--device",
         type=_device,

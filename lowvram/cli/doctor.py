@@ -13,7 +13,7 @@ from lowvram.cli.output import Console, print_json
 from lowvram.errors import CheckpointError, LowVRAMError
 
 if TYPE_CHECKING:
-    from lowvram.checkpoint import Checkpoint
+    from lowvram.checkpoint import Checkpoint, Difference
     from lowvram.offload import DeviceInfo
 
 DISTRIBUTION = "lowvram-omni"
@@ -51,7 +51,7 @@ def main(args: Namespace, console: Console) -> int:
         print(_machine(state, present, found))
     # Without the packages the checkpoint cannot be read either.
     checkpoint = None if ill else _open(args)
-    differences = [str(d) for d in checkpoint.check()] if checkpoint else []
+    differences = checkpoint.check() if checkpoint else []
     if args.json:
         print_json(state | {"model": _model(checkpoint, differences)})
     elif checkpoint:
@@ -60,10 +60,10 @@ def main(args: Namespace, console: Console) -> int:
         problems = "; ".join(f"{package.name} {package.problem}" for package in ill)
         names = " ".join(f"'{package.name}{package.wanted}'" for package in ill)
         raise LowVRAMError(f"{problems}: pip install --upgrade {names}")
-    if differences:
+    if harmful := [difference for difference in differences if difference.harmful]:
         raise CheckpointError(
-            f"{args.model}: {len(differences)} of its tensors are not as its config.json says; "
-            "download it again, or use another"
+            f"{args.model}: its files differ from what its config.json asks for in {len(harmful)} "
+            "places that matter; download it again, or use another"
         )
     return 0
 
@@ -149,20 +149,28 @@ def _device_row(device: DeviceInfo) -> str:
     return f"  {device.name:8} {total:>10}, {free:>10} free  {device.note}".rstrip()
 
 
-def _model(checkpoint: Checkpoint | None, differences: list[str]) -> dict[str, Any] | None:
+def _model(checkpoint: Checkpoint | None, differences: list[Difference]) -> dict[str, Any] | None:
     if checkpoint is None:
         return None
     return {
         "name": checkpoint.name,
         "folder": str(checkpoint.folder),
         "dtype": checkpoint.stored_dtype,
-        "voices": list(checkpoint.voices),
-        "differences": differences,
+        "voices": _voices(checkpoint),
+        "differences": [asdict(difference) for difference in differences],
     }
 
 
 def _described(checkpoint: Checkpoint) -> str:
     quant = checkpoint.config.quant
     form = f"AWQ {quant.bits} bits" if quant else checkpoint.stored_dtype
-    voices = ", ".join(checkpoint.voices) if checkpoint.config.speaks else "does not speak"
+    voices = ", ".join(_voices(checkpoint)) or "none"
     return f"model {checkpoint.name} ({checkpoint.folder})\n  {form}; voices: {voices}"
+
+
+def _voices(checkpoint: Checkpoint) -> list[str]:
+    """The voices by name; none where the file is damaged, which is one of the differences."""
+    try:
+        return list(checkpoint.voices) if checkpoint.config.speaks else []
+    except CheckpointError:
+        return []

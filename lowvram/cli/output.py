@@ -23,8 +23,8 @@ class Console:
 
     def __init__(self, *, text: TextIO | None, quiet: bool = False, verbose: int = 0) -> None:
         self._text = text
-        self._quiet = quiet
-        self._verbose = verbose
+        self.quiet = quiet
+        self.verbose = verbose
         self._line_open = False
         self._spoke = False
         self._bar: Any = None
@@ -43,13 +43,13 @@ class Console:
 
     def say(self, line: object) -> None:
         """A line for the person who waits."""
-        if not self._quiet:
+        if not self.quiet:
             self._clear()
             print(line, file=sys.stderr, flush=True)
 
     def detail(self, text: object) -> None:
         """What only -v shows."""
-        if self._verbose:
+        if self.verbose:
             self.say(text)
 
     def words(self, piece: str) -> None:
@@ -92,7 +92,7 @@ class Console:
         return self._line_open and self._text is not None and self._text.isatty()
 
     def _start_bar(self, layout: str) -> None:
-        if self._quiet or not sys.stderr.isatty():
+        if self.quiet or not sys.stderr.isatty():
             return
         from tqdm import tqdm
 
@@ -130,17 +130,17 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def library_output(console: Console, *, everything: bool) -> Iterator[None]:
-    """Warnings become one line each, and libraries draw their own bars on a terminal only.
+    """Warnings become one line each.
 
-    Warnings that are addressed to programmers (deprecations) show only with `everything`.
+    Those that are addressed to programmers (deprecations) show only with `everything`.
     """
 
     def show(message: Warning | str, category: type[Warning], *where: object) -> None:
         if everything or issubclass(category, UserWarning):
             console.say(f"note: {one_line(message)}")
 
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if console.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # what the hub's client reads
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
         try:

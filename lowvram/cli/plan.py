@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lowvram.cli.output import Console, print_json
 from lowvram.cli.request import GREETING, Request, read_request
 from lowvram.errors import DoesNotFitError
-from lowvram.offload import format_size
 from lowvram.options import with_system
 
 if TYPE_CHECKING:
@@ -22,11 +21,7 @@ def main(args: Namespace, console: Console) -> int:
     else:
         print(plan)
     if not plan.fits:
-        raise DoesNotFitError(
-            f"does not fit in {format_size(plan.budget_bytes)}; the smallest budget that would do "
-            f"is {format_size(plan.minimum_budget_bytes)}",
-            plan,
-        )
+        raise DoesNotFitError(plan.refusal, plan)
     return 0
 
 

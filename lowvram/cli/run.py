@@ -91,5 +91,5 @@ def _tell(result: Result, path: str | None, console: Console) -> None:
         "first audio": report.first_audio_s,
         "total": report.total_s,
     }
-    console.say("; ".join(f"{name} {at:.2f} s" for name, at in marks.items() if at is not None))
-    console.detail(f"\n{report}")
+    times = "; ".join(f"{name} {at:.2f} s" for name, at in marks.items() if at is not None)
+    console.say(f"\n{report}" if console.verbose else times)
