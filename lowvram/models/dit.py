@@ -253,11 +253,15 @@ class DiT(nn.Module):
     def modulate(self, times: Tensor) -> Tensor:
         """Every layer's shifts, scales and gates at `times` (fp32 [E] on the host).
 
-        Returns [E, 6 * layers + 2, hidden]; a row of the first axis is what `forward` takes.
+        Returns [E, 6 * layers + 2, hidden]; an index of the first axis is what `forward` takes.
         """
         time = F.silu(self.time_embed(times))
-        rows = [block.get_submodule("attn_norm")(time) for block in self.transformer_blocks]
-        return torch.cat([*rows, self.norm_out(time)], dim=1)
+        norms = [block.get_submodule("attn_norm") for block in self.transformer_blocks]
+        out = time.new_empty(len(times), SHIFTS_PER_LAYER * len(norms) + 2, time.shape[1])
+        for i, norm in enumerate([*norms, self.norm_out]):
+            rows = norm(time)
+            out[:, SHIFTS_PER_LAYER * i : SHIFTS_PER_LAYER * i + rows.shape[1]] = rows
+        return out
 
     @torch.no_grad()
     def speaker(self, cond: Tensor, ref_mel: Tensor) -> Speaker:

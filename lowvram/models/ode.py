@@ -17,7 +17,7 @@ SWAY = -1.0
 """Sway sampling (F5-TTS, arXiv 2410.06885): below 0 the grid is denser near the noise."""
 
 Field = Callable[[int, Tensor], Tensor]
-"""Velocity at the evaluation of this number, counted from 0 through the whole integration."""
+"""Velocity of a state at the time of this index in `field_times`."""
 
 
 def time_grid(points: int) -> Tensor:
@@ -29,19 +29,20 @@ def time_grid(points: int) -> Tensor:
     return times + SWAY * (torch.cos(torch.pi / 2 * times) - 1 + times)
 
 
-def evaluation_times(grid: Tensor, solver: Solver) -> Tensor:
-    """The time of every evaluation, in order: fp32 [evaluations] on the host.
+def field_times(grid: Tensor, solver: Solver) -> Tensor:
+    """The times at which the field is asked for, ascending: fp32 [times] on the host.
 
     Args:
         grid: fp32 [points] from `time_grid`.
-        solver: `euler` evaluates once per interval, `rk4` four times.
+        solver: `euler` asks once per interval, at its start; `rk4` at both ends, which neighbouring
+            intervals share, and at two times between.
     """
     starts, ends = grid[:-1], grid[1:]
     if solver == "euler":
         return starts
     steps = ends - starts
     inner = (starts + steps * (1 / 3), starts + steps * (2 / 3))
-    return torch.stack((starts, *inner, ends), dim=1).flatten()
+    return torch.cat((torch.stack((starts, *inner), dim=1).flatten(), ends[-1:]))
 
 
 def integrate(field: Field, start: Tensor, grid: Tensor, solver: Solver) -> Tensor:
@@ -50,16 +51,13 @@ def integrate(field: Field, start: Tensor, grid: Tensor, solver: Solver) -> Tens
     `euler` is the solver of the official low-VRAM mode (QwenLM/Qwen2.5-Omni, low-VRAM-mode),
     `rk4` the 3/8 rule that transformers uses.
     """
-    step = _euler_step if solver == "euler" else _rk4_step
-    evaluations = 1 if solver == "euler" else 4
     state = start
     for i, length in enumerate((grid[1:] - grid[:-1]).tolist()):
-        state = state + step(field, i * evaluations, state, length)
+        if solver == "euler":
+            state = state + field(i, state) * length
+        else:
+            state = state + _rk4_step(field, 3 * i, state, length)
     return state
-
-
-def _euler_step(field: Field, first: int, state: Tensor, length: float) -> Tensor:
-    return field(first, state) * length
 
 
 def _rk4_step(field: Field, first: int, state: Tensor, length: float) -> Tensor:

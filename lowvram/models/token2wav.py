@@ -13,7 +13,7 @@ from lowvram.config import OmniConfig
 from lowvram.errors import CheckpointError
 from lowvram.models.bigvgan import BigVGAN
 from lowvram.models.dit import DiT, Speaker
-from lowvram.models.ode import evaluation_times, integrate, time_grid
+from lowvram.models.ode import field_times, integrate, time_grid
 from lowvram.settings import Solver
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ TIME_POINTS = 10
 class Utterance:
     """What all pieces of one utterance share: the voice's part of the input, and the times.
 
-    `modulation` is [evaluations, rows, hidden] on the device, see `DiT.modulate`.
+    `modulation` is [times, rows, hidden] on the device, one row per time that the solver asks for.
     """
 
     solver: Solver
@@ -57,7 +57,7 @@ class Token2Wav(nn.Module):
         """Computes what does not depend on the codes; good for any number of pieces."""
         dit = self.code2wav_dit_model
         grid = time_grid(points)
-        modulation = dit.modulate(evaluation_times(grid, solver))
+        modulation = dit.modulate(field_times(grid, solver))
         return Utterance(solver, grid, dit.speaker(voice.cond, voice.ref_mel), modulation)
 
     @torch.no_grad()
@@ -77,8 +77,8 @@ class Token2Wav(nn.Module):
             torch.tensor(codes, dtype=torch.int64).to(weight.device), utterance.speaker
         )
 
-        def velocity(evaluation: int, state: Tensor) -> Tensor:
-            return dit(state, utterance.modulation[evaluation], condition)
+        def velocity(time: int, state: Tensor) -> Tensor:
+            return dit(state, utterance.modulation[time], condition)
 
         return integrate(velocity, noise.to(weight), utterance.grid, utterance.solver)
 
