@@ -70,6 +70,7 @@ class LowVRAMOmni:
             dtype, checkpoint.stored_dtype, self._device.type
         )
         self._speech = speech and checkpoint.config.speaks
+        checkpoint.verify(self._speech)
         self._seed = seed
         self._allow = tuple(allow)
         self._meter = Meter(self._device)
@@ -178,7 +179,7 @@ class LowVRAMOmni:
         prompt = prepare(messages, **self._prompting(settings, media))
         plan = self._plan(prompt.shape, settings)
         if not plan.fits:
-            raise DoesNotFitError(_refusal(plan), plan)
+            raise DoesNotFitError(plan.refusal, plan)
         run = Run(
             context=Context(
                 device=self._device,
@@ -240,6 +241,7 @@ class LowVRAMOmni:
     def _settings(self, options: Options) -> tuple[GenerationSettings, MediaSettings]:
         """The request's settings; the voice is checked here, before anything is read."""
         settings, media = split_options(options, seed=self._seed, speech=self._speech)
+        settings = settings.completed(self.checkpoint.generation)
         if settings.speech:
             settings = replace(settings, speaker=self.checkpoint.check_speaker(settings.speaker))
         return settings, media
@@ -294,16 +296,6 @@ class LowVRAMOmni:
                 for point in self._meter.timeline
             ),
         )
-
-
-def _refusal(plan: Plan) -> str:
-    peak = max(plan.phases, key=lambda row: row.predicted_peak_bytes)
-    return (
-        f"does not fit in {format_size(plan.budget_bytes)}: {peak.name} needs "
-        f"{format_size(peak.predicted_peak_bytes)} and a guard of {format_size(plan.guard_bytes)}; "
-        f"the smallest budget that would do is {format_size(plan.minimum_budget_bytes)}"
-        + "".join(f"; with {knob} {format_size(size)}" for knob, size in plan.knobs.items())
-    )
 
 
 def _surprise(plan: Plan, error: Exception) -> str:

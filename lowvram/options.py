@@ -20,7 +20,8 @@ class Options(TypedDict, total=False):
     """What `plan`, `generate` and `stream` take by name, all optional.
 
     `speaker`: a voice by name (the checkpoint's first). `return_audio`: speak or not (as loaded).
-    `max_new_tokens`: of text (1024). `max_speech_seconds`: bounds the speech, and sizes its memory.
+    `max_new_tokens`, `max_speech_seconds`: bounds of the reply, which size its memory (the
+    checkpoint's own).
     `temperature` (0 is greedy), `top_p`, `top_k`, `repetition_penalty`: how text is drawn; the
     same with `talker_` before it: how codes are drawn.
     `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: vocode
@@ -31,7 +32,7 @@ class Options(TypedDict, total=False):
 
     speaker: str | None
     return_audio: bool | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     max_speech_seconds: float | None
     temperature: float
     top_p: float

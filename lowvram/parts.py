@@ -15,7 +15,7 @@ from lowvram.models.talker import Talker
 from lowvram.models.text import ThinkerText
 from lowvram.models.token2wav import Token2Wav
 from lowvram.models.vision import VisionTower
-from lowvram.offload import Part
+from lowvram.offload import Part, torch_dtype
 from lowvram.quant import QuantLinear
 
 Kernel = Literal["auto", "reference"]
@@ -31,7 +31,7 @@ def build_parts(
     nothing can read them.
     """
     config = checkpoint.config
-    linear = linear_factory(checkpoint, kernel)
+    linear = linear_factory(checkpoint, dtype, kernel)
     thinker = config.thinker
     parts = [
         Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
@@ -46,7 +46,7 @@ def build_parts(
     return parts
 
 
-def linear_factory(checkpoint: Checkpoint, kernel: Kernel) -> LinearFactory:
+def linear_factory(checkpoint: Checkpoint, dtype: torch.dtype, kernel: Kernel) -> LinearFactory:
     """Dense or packed, linear by linear, by what the file holds.
 
     The list of modules that a checkpoint's own config says are not converted is incomplete in the
@@ -57,6 +57,14 @@ def linear_factory(checkpoint: Checkpoint, kernel: Kernel) -> LinearFactory:
     def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if quant is None or not checkpoint.quantized(name):
             return dense(name, in_features, out_features, bias)
-        return QuantLinear(in_features, out_features, bias, quant.group_size, kernel=kernel)
+        return QuantLinear(
+            in_features,
+            out_features,
+            bias,
+            quant.group_size,
+            dtype=dtype,
+            scales_dtype=torch_dtype(checkpoint.store.info(f"{name}.scales")),
+            kernel=kernel,
+        )
 
     return build

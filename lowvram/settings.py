@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from lowvram.errors import UsageError
 
+if TYPE_CHECKING:
+    from lowvram.checkpoint import GenerationDefaults
+
 CODES_PER_SECOND = 50
 """Codec tokens in a second of speech: 24,000 samples / (240 samples a frame x 2 frames a code)."""
+
+MAX_NEW_TOKENS = 1024
+"""Tokens of text where nobody says: `thinker_max_new_tokens` of
+`Qwen2_5OmniForConditionalGeneration.generate` in transformers."""
 
 Solver = Literal["euler", "rk4"]
 SOLVERS: tuple[Solver, ...] = ("euler", "rk4")
@@ -44,14 +51,15 @@ TALKER_SAMPLING = SamplingSettings(temperature=0.9, top_p=0.8, top_k=40, repetit
 class GenerationSettings:
     """One request's settings.
 
-    `speaker` None takes the checkpoint's first voice. `max_speech_seconds` bounds the speech and
-    sizes the Talker's KV cache; None takes the checkpoint's own bound (81.92 s = 4096 codes where
-    it names none). `whole_speech` vocodes the utterance in one piece instead of in chunks.
+    `speaker` None takes the checkpoint's first voice. `max_new_tokens` bounds the text, and
+    `max_speech_seconds` the speech; they size the KV caches. None takes the checkpoint's own bound,
+    and where it names none that of transformers: 1024 tokens, 4096 codes (81.92 s).
+    `whole_speech` vocodes the utterance in one piece instead of in chunks.
     """
 
     speech: bool = True
     speaker: str | None = None
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     max_speech_seconds: float | None = None
     sampling: SamplingSettings = SamplingSettings()
     talker_sampling: SamplingSettings = TALKER_SAMPLING
@@ -60,15 +68,29 @@ class GenerationSettings:
     whole_speech: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; wanted 1 or more")
         if self.max_speech_seconds is not None and self.max_speech_seconds <= 0:
             raise UsageError(f"max_speech_seconds is {self.max_speech_seconds}; wanted above 0")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}")
 
-    def max_codes(self, default: int) -> int:
-        """Codec tokens at most; `default` is the checkpoint's own bound."""
-        if self.max_speech_seconds is None:
-            return default
+    def completed(self, defaults: GenerationDefaults) -> GenerationSettings:
+        """The same settings with the checkpoint's bounds where they name none."""
+        tokens, seconds = self.max_new_tokens, self.max_speech_seconds
+        return replace(
+            self,
+            max_new_tokens=tokens or defaults.max_new_tokens or MAX_NEW_TOKENS,
+            max_speech_seconds=seconds or defaults.max_codes / CODES_PER_SECOND,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text at most."""
+        return self.max_new_tokens or MAX_NEW_TOKENS
+
+    @property
+    def codes(self) -> int:
+        """Codec tokens at most; of completed settings."""
+        assert self.max_speech_seconds is not None
         return max(1, round(self.max_speech_seconds * CODES_PER_SECOND))

@@ -112,7 +112,7 @@ class Run:
                 encode_audio(context, prompt, embeds, config.audio)
             with context.phase("prefill"):
                 model = stack.enter_context(context.use("text", ThinkerText))
-                max_tokens = len(prompt.ids) + self.settings.max_new_tokens
+                max_tokens = len(prompt.ids) + self.settings.tokens
                 cache = stack.enter_context(context.kv_cache("thinker", config.text, max_tokens))
                 thinker = Thinker(context, model, cache)
                 logits = thinker.prefill(embeds, prompt.positions, states)
@@ -138,7 +138,7 @@ class Run:
                 break
             if piece := words.push(token):
                 yield piece
-            if len(self.tokens) == settings.max_new_tokens:
+            if len(self.tokens) == settings.tokens:
                 break
             embed = embed_tokens(context, [token])
             position = self.prompt.next_position + len(self.tokens) - 1
@@ -176,7 +176,7 @@ class Run:
         context, config = self.context, self.checkpoint.config.talker
         assert config is not None and self.voice is not None
         defaults = self.checkpoint.generation
-        max_codes = self.settings.max_codes(defaults.max_codes)
+        max_codes = self.settings.codes
         max_tokens = len(speech.prompt_states) + 2 + max_codes
         with ExitStack() as stack:
             stack.enter_context(

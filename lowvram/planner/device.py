@@ -6,12 +6,18 @@ import warnings
 from dataclasses import dataclass
 
 from lowvram.errors import DeviceError, UsageError
-from lowvram.offload import Budget, default_device, devices, format_size, guard_bytes, parse_size
+from lowvram.offload import (
+    Budget,
+    default_device,
+    devices,
+    format_size,
+    guard_bytes,
+    parse_device,
+    parse_size,
+)
 
 ASSUMED_CONTEXT_BYTES = int(0.45 * 2**30)
 """What a driver takes before the first tensor, where it has not been measured (cuda, npu)."""
-
-DEVICE_TYPES = ("cpu", "cuda", "npu", "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +43,10 @@ def probe_device(name: str) -> DeviceFacts:
     Raises:
         UsageError: a name that is none of these.
     """
-    if name == "auto":
-        name = default_device()
-    kind, _, index = name.partition(":")
-    if kind not in DEVICE_TYPES or (index and not index.isdigit()):
-        raise UsageError(
-            f"unknown device {name!r}; wanted auto, {', '.join(DEVICE_TYPES)} or cuda:1"
-        )
+    kind, index = parse_device(default_device() if name == "auto" else name)
     own = 0 if kind in ("cpu", "meta") else ASSUMED_CONTEXT_BYTES
     for device in devices():
-        if device.name == name or (not index and device.name in (kind, f"{kind}:0")):
+        if device.name in (kind, f"{kind}:{index}"):
             return DeviceFacts(
                 name=device.name,
                 type=kind,

@@ -53,7 +53,7 @@ def request_phases(
     config = checkpoint.config
     text = config.thinker.text
     size = ITEMSIZE[dtype]
-    tokens, reply = shape.tokens, settings.max_new_tokens
+    tokens, reply = shape.tokens, settings.tokens
     row = laws.states_bytes(text.hidden_size, 1, size)
     prompt = states = spoken = 0
     if host_is_device:
@@ -76,7 +76,7 @@ def request_phases(
     work = laws.decode_bytes(text, size)
     phases.append(PhaseLoad("decode", ("text",), kv, prompt + states, work))
     if settings.speech and config.talker and config.dit and config.bigvgan:
-        codes = settings.max_codes(checkpoint.generation.max_codes)
+        codes = settings.codes
         decoder = config.talker.decoder
         kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
         work = laws.prefill_bytes(decoder, tokens + 2, size)

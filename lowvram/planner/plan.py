@@ -61,6 +61,18 @@ class Plan:
     def resident(self, part: str) -> bool:
         return self.residency.get(part) == "resident"
 
+    @property
+    def refusal(self) -> str:
+        """Why the request does not fit, and what would: one line."""
+        peak = max(self.phases, key=lambda row: row.predicted_peak_bytes)
+        return (
+            f"does not fit in {format_size(self.budget_bytes)}: {peak.name} needs "
+            f"{format_size(peak.predicted_peak_bytes)} and a guard of "
+            f"{format_size(self.guard_bytes)}; the smallest budget that would do is "
+            f"{format_size(self.minimum_budget_bytes)}"
+            + "".join(f"; with {knob} {format_size(size)}" for knob, size in self.knobs.items())
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names above; bytes are integers."""
         return asdict(self)

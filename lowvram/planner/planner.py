@@ -89,10 +89,11 @@ def make_plan(
     one does not use, as far as they fit.
     """
     check_options(allow)
+    settings = settings.completed(checkpoint.generation)
     text = checkpoint.config.thinker.text
-    check_window(shape.next_position, settings.max_new_tokens, text.max_position_embeddings)
-    size = ITEMSIZE[dtype]
-    weights = {module: checkpoint.part_bytes(module, size) for module in MODULES}
+    check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
+    packed = "cpu" if (facts.type, dtype) == ("cpu", "bfloat16") else "reference"
+    weights = {m: checkpoint.part_bytes(m, ITEMSIZE[dtype], packed) for m in MODULES}
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         on_host = facts.type == "cpu"
@@ -137,7 +138,7 @@ def _knobs(settings: GenerationSettings) -> Iterator[tuple[str, GenerationSettin
     if settings.speech:
         yield "--no-speech", replace(settings, speech=False)
         yield "--max-speech 10", replace(settings, max_speech_seconds=10.0)
-    if settings.max_new_tokens > 256:
+    if settings.tokens > 256:
         yield "--max-tokens 256", replace(settings, max_new_tokens=256)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lowvram.pocket import make_checkpoint
 
 from lowvram import LowVRAMOmni
 from lowvram.conversation import MediaSettings, Prompt, prepare
 from lowvram.engine.run import Seeds
+from lowvram.pocket import make_checkpoint
 
 SECONDS = 0.8
 CODES = int(SECONDS * 50)
@@ -71,7 +73,28 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def theirs(folder: Path) -> Any:
     from transformers import Qwen2_5OmniForConditionalGeneration
 
-    return Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.talker.forward = masked(model.talker.forward)
+    return model
+
+
+def masked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The Talker's forward with the attention mask that 5.23 no longer hands to it.
+
+    `generate` of 5.23 drops a mask of ones, and the Talker takes a missing mask as a sign that
+    there is nothing to prepare: it then runs without its start and pad codes, and with positions
+    that ignore the media. In 5.17, and with any padding, the mask is there.
+    """
+
+    @functools.wraps(forward)
+    def call(**kwargs: Any) -> Any:
+        if kwargs.get("attention_mask") is None:
+            new = kwargs["inputs_embeds"] if kwargs["input_ids"] is None else kwargs["input_ids"]
+            seen = kwargs["past_key_values"].get_seq_length() + new.shape[1]
+            kwargs["attention_mask"] = torch.ones(1, seen, dtype=torch.long)
+        return forward(**kwargs)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +103,10 @@ def ours(folder: Path) -> LowVRAMOmni:
 
 
 def their_inputs(prompt: Prompt) -> dict[str, Any]:
-    """The prompt's tensors under the names that transformers' `generate` takes."""
+    """The prompt's tensors under the names that transformers' `generate` takes.
+
+    Pixels go to the Thinker by name: 5.23 would hand them to the Talker, which refuses them.
+    """
     ids = torch.from_numpy(prompt.ids)[None]
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     stills = [item for item in prompt.vision if item.grid[0] == 1]
@@ -88,10 +114,10 @@ def their_inputs(prompt: Prompt) -> dict[str, Any]:
     for suffix, grid, items in (("", "image", stills), ("_videos", "video", moving)):
         if items:
             pairs = [item.patches(i) for item in items for i in range(item.grid[0])]
-            inputs[f"pixel_values{suffix}"] = torch.from_numpy(np.concatenate(pairs))
+            inputs[f"thinker_pixel_values{suffix}"] = torch.from_numpy(np.concatenate(pairs))
             inputs[f"{grid}_grid_thw"] = torch.tensor([item.grid for item in items])
     if moving:
-        inputs["video_second_per_grid"] = torch.tensor([1.0] * len(moving))
+        inputs["video_second_per_grid"] = torch.tensor([item.seconds_per_grid for item in moving])
     if prompt.audio:
         longest = max(item.features.shape[1] for item in prompt.audio)
         padded = np.zeros(

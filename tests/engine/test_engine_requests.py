@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lowvram.offload import Store
 
 from lowvram import (
     AudioChunk,
@@ -19,7 +20,6 @@ from lowvram import (
     TextDelta,
     UsageError,
 )
-from lowvram.offload import Store
 from lowvram.pocket import make_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -220,11 +220,11 @@ def test_unknown_names_are_refused_with_the_known_ones(omni: LowVRAMOmni) -> Non
         omni.generate(WORDS, max_tokens=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="head8"):
         LowVRAMOmni.from_pretrained(omni.checkpoint.folder, device="cpu", allow=["head9"])
-    with pytest.raises(UsageError, match="loaded without speech"):
-        with LowVRAMOmni.from_pretrained(
-            omni.checkpoint.folder, device="cpu", speech=False
-        ) as silent:
-            silent.generate(WORDS, return_audio=True)
+    with (
+        pytest.raises(UsageError, match="loaded without speech"),
+        LowVRAMOmni.from_pretrained(omni.checkpoint.folder, device="cpu", speech=False) as silent,
+    ):
+        silent.generate(WORDS, return_audio=True)
 
 
 def test_a_medium_that_fails_leaves_the_model_usable(omni: LowVRAMOmni, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sampling: the same scores as transformers' processors, draws that follow them, seeds that hold."""
+"""Sampling: the same scores as transformers' processors, draws that follow, seeds that hold."""
 
 from __future__ import annotations
 
