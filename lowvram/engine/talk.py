@@ -63,7 +63,7 @@ def talk(
         context,
         [config.tts_text_end_token_id, config.tts_text_pad_token_id, voice_token],
     ).split(1)
-    replies = iter([*speech.reply_states[1:].split(1), end])
+    replies = iter([*speech.reply_states.split(1)[1:], end])
     prompt = torch.cat([speech.prompt_states, voice, speech.reply_states[:1]])
     position = int(speech.positions.max()) + 1
     place = np.concatenate(
