@@ -29,6 +29,8 @@ from lowvram.errors import MediaError
 MAX_SECONDS = 4 * 3600
 """Longer recordings are refused; a window of 32,768 positions ends after 22 minutes of sound."""
 _BLOCK_VALUES = 1 << 18
+_PLAIN_MAGIC = (b"riff", b"rifx", b"rf64", b"flac", b"oggs", b"form", b"caff", b".snd")
+"""How WAV, W64, RF64, FLAC, Ogg, AIFF, CAF and AU files begin, in small letters."""
 _MAX_CHANNELS = 64
 _NUMBERS = ("float16", "float32", "float64", "int16", "int32", "uint8")
 """Arrays whose full scale is beyond doubt."""
@@ -182,18 +184,17 @@ def _contained(source: Source) -> Iterator[Sound]:
 
 
 def _plain(source: Source) -> contextlib.AbstractContextManager[Sound] | None:
-    """What libsndfile knows to the sample (WAV, FLAC, Ogg, AIFF, ...); None for anything else."""
+    """What libsndfile knows to the sample; None for anything else."""
     import soundfile
 
+    with source.open() as file:
+        if not file.read(4).lower().startswith(_PLAIN_MAGIC):
+            return None
     target = source.open() if source.path is None else str(source.path)
     try:
-        file = soundfile.SoundFile(target)
-    except (soundfile.SoundFileError, TypeError, ValueError):
+        return _plain_sound(source, soundfile.SoundFile(target))
+    except soundfile.SoundFileError:
         return None
-    if file.format == "MP3":  # its header only guesses at the length
-        file.close()
-        return None
-    return _plain_sound(source, file)
 
 
 @contextlib.contextmanager
@@ -262,7 +263,7 @@ def _from_array(value: np.ndarray | tuple[Any, ...]) -> Sound:
             f"{', '.join(_NUMBERS)} of shape [samples] or [samples, channels]"
         )
     table = array[:, None] if array.ndim == 1 else array
-    if table.shape[0] < table.shape[1]:
+    if 0 < table.shape[0] < table.shape[1]:
         table = table.T
     if not 1 <= table.shape[1] <= _MAX_CHANNELS:
         raise MediaError(

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from lowvram.conversation.source import Source
@@ -93,7 +94,10 @@ def picture_stream(container: Any, label: str) -> Any:
 
 
 def index_timeline(container: Any, track: Any, source: Source) -> Timeline | None:
-    """A track's frames counted in the index of an MP4 or MOV file; None for any other file.
+    """A track's frames counted in the index of an MP4 or MOV file.
+
+    None for other files, and for frames that do not come at even steps: the index has them in the
+    order of decoding, so that only reading the file tells when they are shown.
 
     Raises:
         MediaError: the index names bytes beyond the end of the file.
@@ -103,8 +107,11 @@ def index_timeline(container: Any, track: Any, source: Source) -> Timeline | Non
     for stream in container.streams:
         if any(entry.pos + entry.size > source.size for entry in stream.index_entries):
             raise _cut_short(source.label)
-    shown = sum(not entry.is_discard for entry in track.index_entries)
-    return Timeline(shown, track.duration)
+    entries = list(track.index_entries)
+    steps = {b.timestamp - a.timestamp for a, b in pairwise(entries)}
+    if len(steps) > 1:
+        return None
+    return Timeline(sum(not entry.is_discard for entry in entries), track.duration)
 
 
 def read_timeline(container: Any, track: Any, source: Source) -> Timeline:
@@ -112,7 +119,7 @@ def read_timeline(container: Any, track: Any, source: Source) -> Timeline:
 
     Leaves `container` at its end. Raises MediaError where the file ends before its header says.
     """
-    wanted = index_timeline(container, track, source)
+    indexed = index_timeline(container, track, source)
     shown: dict[int, int] = {}
     end = Fraction(0)
     for packet in container.demux():
@@ -123,10 +130,10 @@ def read_timeline(container: Any, track: Any, source: Source) -> Timeline:
         if packet.stream_index == track.index and not packet.is_discard:
             shown[time] = packet.duration or 0
     times = tuple(sorted(shown))
-    if wanted is not None:
-        if len(times) < wanted.count:
+    if indexed is not None:
+        if len(times) < indexed.count:
             raise _cut_short(source.label)
-        return Timeline(wanted.count, wanted.ticks, times)
+        return Timeline(indexed.count, indexed.ticks, times)
     if "matroska" in container.format.name and container.duration:
         missing = Fraction(container.duration, 1_000_000) - end
         if missing > _SLACK_SECONDS:
