@@ -38,8 +38,8 @@ def embed_prompt(context: Context, prompt: Prompt) -> torch.Tensor:
 
 def media_slots(prompt: Prompt) -> torch.Tensor:
     """Indices of the prompt's tokens that stand for images, video and sound, int64 [n]."""
-    slots = [item.slots for item in (*prompt.vision, *prompt.audio)]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *slots]))
+    seen, heard = [i.slots for i in prompt.vision], [i.slots for i in prompt.audio]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *seen, *heard]))
 
 
 def encode_vision(context: Context, prompt: Prompt, embeds: torch.Tensor) -> None:

@@ -67,6 +67,7 @@ class Run:
     first_text_s: float | None = None
     first_audio_s: float | None = None
     total_s: float = 0.0
+    _told: int = 0
 
     def events(self) -> Iterator[TextDelta | AudioChunk]:
         """Text as it is written, then speech as it is vocoded. Closing it stops the work."""
@@ -218,4 +219,7 @@ class Run:
             if piece is None:
                 return
             start_s = sum(map(len, self.samples)) / SAMPLE_RATE
-            yield AudioChunk(piece.samples, SAMPLE_RATE, start_s, piece.codes)
+            told = self._told
+            self._told += len(piece.codes)
+            codes = tuple(self.codes[told : self._told])
+            yield AudioChunk(piece.samples, SAMPLE_RATE, start_s, codes)

@@ -17,12 +17,14 @@ from lowvram.offload import Budget, format_size, guard_bytes
 from lowvram.planner.device import DeviceFacts, decide_budget, probe_device, resolve_dtype
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
+from lowvram.quant import KernelName
 from lowvram.settings import GenerationSettings
+from lowvram.tensors import Part
 
 if TYPE_CHECKING:
     from lowvram.checkpoint import Checkpoint
 
-MODULES = ("visual", "audio", "text", "talker", "token2wav")
+MODULES: tuple[Part, ...] = ("visual", "audio", "text", "talker", "token2wav")
 
 ACCELERATOR_WORKSPACE_BYTES = 64 * 2**20
 """Matrix libraries' own buffers and the allocator's rounding on cuda and npu; an upper bound."""
@@ -92,8 +94,10 @@ def make_plan(
     settings = settings.completed(checkpoint.generation)
     text = checkpoint.config.thinker.text
     check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
-    packed = "cpu" if (facts.type, dtype) == ("cpu", "bfloat16") else "reference"
-    weights = {m: checkpoint.part_bytes(m, ITEMSIZE[dtype], packed) for m in MODULES}
+    packed: KernelName = "cpu" if (facts.type, dtype) == ("cpu", "bfloat16") else "reference"
+    weights: dict[str, int] = {
+        m: checkpoint.part_bytes(m, ITEMSIZE[dtype], packed) for m in MODULES
+    }
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         on_host = facts.type == "cpu"

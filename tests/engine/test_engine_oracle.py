@@ -16,6 +16,7 @@ from lowvram.conversation import MediaSettings, Prompt, prepare
 from lowvram.engine.run import Seeds
 from lowvram.pocket import make_checkpoint
 
+MEDIA = Path(__file__).parents[2] / "demos" / "media"
 SECONDS = 0.8
 CODES = int(SECONDS * 50)
 
@@ -45,6 +46,8 @@ def video(frames: int, seed: int) -> dict[str, Any]:
     return {"type": "video", "video": np.stack([picture(seed + i, 56, 84) for i in range(frames)])}
 
 
+CLIP = {"type": "video", "video": str(MEDIA / "clip.mp4"), "max_frames": 6}
+
 MIXES = {
     "text": [text("hello there")],
     "image": [image(1), text("what is this?")],
@@ -59,6 +62,8 @@ MIXES = {
         audio(2.5),
         text("?"),
     ],
+    "heard video": [CLIP, text("what is said?")],
+    "heard video among others": [image(5), CLIP, audio(1.1), text("and what now?")],
 }
 
 
@@ -164,6 +169,7 @@ def test_tokens_codes_and_waveform_are_those_of_transformers(
             thinker_do_sample=False,
             talker_do_sample=False,
             talker_max_new_tokens=CODES,
+            use_audio_in_video="heard" in mix,
         )
     result = ours.generate(
         conversation,
