@@ -28,11 +28,8 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
 demo: $(VENV)/.installed
-	$(BIN)/lowvram-demo \
-	    --image $(firstword $(wildcard demos/media/*.png demos/media/*.jpg)) \
-	    --audio $(firstword $(wildcard demos/media/*.wav demos/media/*.flac)) \
-	    --video $(firstword $(wildcard demos/media/*.mp4)) \
-	    -o lowvram.wav
+	$(BIN)/lowvram-demo --image demos/media/picture.png --audio demos/media/recording.flac \
+	    --video demos/media/clip.mp4 -o lowvram.wav
 
 test: compiler lint types unit
 
