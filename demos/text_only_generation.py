@@ -11,7 +11,7 @@ from pathlib import Path
 from lowvram import LowVRAMOmni, TextDelta
 
 KINDS = ("image", "audio", "video")
-PICTURE = Path(__file__).parent / "media" / "image.png"
+PICTURE = Path(__file__).parent / "media" / "picture.png"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import soundfile
 
 from lowvram import LowVRAMOmni
 
-RECORDING = Path(__file__).parent / "media" / "recording.wav"
+RECORDING = Path(__file__).parent / "media" / "recording.flac"
 
 
 def main() -> None:

@@ -9,10 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.arguments import POCKET
 from lowvram.cli.output import Console, fail
 from lowvram.cli.reply import follow
-from lowvram.cli.request import MEDIA, NOISE, Part, Request, media_part, read_request, text_part
+from lowvram.cli.request import MEDIA, Part, Request, media_part, read_request, text_part
 from lowvram.cli.run import OUTPUT
 from lowvram.cli.wav import open_sink
 from lowvram.errors import LowVRAMError, UsageError
@@ -41,10 +40,10 @@ def main(args: Namespace, console: Console) -> int:
     if request.speech:
         open_sink(numbered(args.output or OUTPUT, 1))
     request = request.suited_to(request.find_checkpoint())
-    if args.model == POCKET:
-        console.say(f"note: {NOISE}")
     console.waiting(f"opening {request.model}")
     with request.open_model() as omni:
+        if request.note is not None:
+            console.say(f"note: {request.note}")
         session = Session(request, omni, args.output or OUTPUT, console)
         for part in request.content:
             if part["type"] == "text":

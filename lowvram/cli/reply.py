@@ -11,8 +11,10 @@ from lowvram.cli.wav import Sink
 from lowvram.events import AudioChunk, Event, Finished, Result, TextDelta
 
 
-def follow(events: Iterator[Event], console: Console, sink: Sink | None) -> Result:
-    """Pass every event on, and return the whole reply.
+def follow(
+    events: Iterator[Event], console: Console, sink: Sink | None, *, note: str | None = None
+) -> Result:
+    """Pass every event on, and return the whole reply; `note` is said as soon as there is one.
 
     When the work fails nothing is left of the speech; when it is interrupted, what was spoken so
     far is kept, as a file that opens.
@@ -26,6 +28,9 @@ def follow(events: Iterator[Event], console: Console, sink: Sink | None) -> Resu
     try:
         with closing(cast(Generator[Event, None, None], events)):
             for event in events:
+                if note is not None:
+                    console.say(f"note: {note}")
+                    note = None
                 match event:
                     case TextDelta():
                         console.words(event.text)

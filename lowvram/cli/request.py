@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lowvram.cli.arguments import POCKET
 from lowvram.conversation import MediaSettings
 from lowvram.errors import LowVRAMError, UsageError
 from lowvram.options import Options, split_options
@@ -51,6 +52,11 @@ class Request:
     def conversation(self) -> list[Message]:
         """The first turn, in the format of the model cards."""
         return [{"role": "user", "content": list(self.content)}]
+
+    @property
+    def note(self) -> str | None:
+        """What must be said about this model's replies."""
+        return NOISE if self.model == POCKET else None
 
     def settings(self) -> tuple[GenerationSettings, MediaSettings]:
         """The options as the engine sees them.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.cli.arguments import POCKET
 from lowvram.cli.output import Console, print_json
 from lowvram.cli.reply import follow
-from lowvram.cli.request import GREETING, NOISE, Request, read_request
+from lowvram.cli.request import GREETING, Request, read_request
 from lowvram.cli.wav import Sink, open_sink
 from lowvram.errors import DoesNotFitError, UsageError
 
@@ -31,8 +31,6 @@ def main(args: Namespace, console: Console) -> int:
             raise UsageError(f"-o {args.output}: {args.model} does not speak; leave -o out")
         console.say(f"note: {args.model} does not speak: text only")
         sink = None
-    if args.model == POCKET:
-        console.say(f"note: {NOISE}")
     try:
         plan, result = _answer(request, console, sink)
     except DoesNotFitError as error:
@@ -66,7 +64,7 @@ def _answer(request: Request, console: Console, sink: Sink | None) -> tuple[Plan
         plan = omni.plan(request.conversation, **request.options)
         console.detail(f"{plan}\n")
         events = omni.stream(request.conversation, **request.options)
-        return plan, follow(events, console, sink)
+        return plan, follow(events, console, sink, note=request.note)
 
 
 def _summary(plan: Any, result: Result | None, path: str | None) -> dict[str, Any]:
