@@ -71,20 +71,21 @@ def _opened(value: object) -> Iterator[tuple[str, Image]]:
         source = locate(value)
         with source.open() as file, _readable(source.label):
             pil.init()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", pil.DecompressionBombWarning)
-                image = pil.open(file, formats=[name for name in FORMATS if name in pil.OPEN])
+            image = pil.open(file, formats=[name for name in FORMATS if name in pil.OPEN])
             _check_size(source.label, image.size)
             yield source.label, image
 
 
 @contextlib.contextmanager
 def _readable(label: str) -> Iterator[None]:
-    """Whatever Pillow raises about an image becomes one line about it."""
+    """Whatever Pillow raises about an image becomes one line about it; what it warns of is its
+    own."""
     from PIL import Image as pil
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
     except pil.UnidentifiedImageError as error:
         raise MediaError(
             f"{label}: not an image that is read; wanted {', '.join(FORMATS)}"
