@@ -104,8 +104,10 @@ class Request:
 
         Raises:
             UsageError: a voice that the checkpoint does not have.
+            CheckpointError: its files do not hold what its config says.
         """
         speech = self.speech and checkpoint.config.speaks
+        checkpoint.verify(speech)
         if speech:
             checkpoint.check_speaker(self.options["speaker"])
         return replace(self, speech=speech)

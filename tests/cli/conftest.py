@@ -92,6 +92,7 @@ class Engine:
             voices=self.voices,
             config=SimpleNamespace(speaks=self.speaks),
             check_speaker=self._check_speaker,
+            verify=lambda speech: None,
         )
 
     def _check_speaker(self, name: str | None) -> str:
