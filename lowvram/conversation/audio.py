@@ -53,8 +53,7 @@ def load_audio(value: object) -> np.ndarray:
     [n, channels] (or [channels, n]), float in [-1, 1] or integers, 16 kHz unless a rate is given.
 
     Raises:
-        MediaError: it cannot be found or decoded, is cut short, silent in the sense of having no
-            samples, under 30 ms, or over four hours.
+        MediaError: it cannot be found or decoded, is cut short, or lasts under 30 ms or over 4 h.
     """
     with open_sound(value) as sound:
         waveform = resample(sound)
@@ -65,10 +64,7 @@ def load_audio(value: object) -> np.ndarray:
 def audio_frames(value: object) -> int:
     """The mel frames of `load_audio(value)`, from the header where it tells, else by decoding."""
     with open_sound(value) as sound:
-        samples = sound.samples
-        if samples is None:
-            samples = sum(len(block) for block in sound.blocks)
-        samples = resampled(samples, sound.rate)
+        samples = _count(sound)
     _check_length(sound.label, samples)
     return mel_frames(samples)
 
@@ -95,8 +91,7 @@ def sound_track_frames(value: object) -> int | None:
         track = sound_stream(container, source.label)
         if track is None:
             return None
-        sound = decode_track(container, track, source.label)
-        frames = mel_frames(resampled(sum(map(len, sound.blocks)), sound.rate))
+        frames = mel_frames(_count(decode_track(container, track, source.label)))
     return frames if audio_tokens(frames) else None
 
 
@@ -115,14 +110,14 @@ def decode_track(container: Any, track: Any, label: str) -> Sound:
     """A sound track of an open container, averaged over its channels, in its own rate."""
     frames = container.decode(track)
     first = next(frames, None)
-    rate = first.sample_rate if first is not None else SAMPLE_RATE
-    return Sound(label, rate, _track_blocks(itertools.chain([first], frames), rate, label))
+    if first is None:
+        return Sound(label, SAMPLE_RATE, iter(()), samples=0)
+    frames = itertools.chain([first], frames)
+    return Sound(label, first.sample_rate, _track_blocks(frames, first.sample_rate, label))
 
 
 def _track_blocks(frames: Iterator[Any], rate: int, label: str) -> Iterator[np.ndarray]:
     for frame in frames:
-        if frame is None:
-            return
         if frame.sample_rate != rate:
             raise MediaError(
                 f"{label}: its sample rate changes from {rate} to {frame.sample_rate}; convert it "
@@ -142,6 +137,14 @@ def resample(sound: Sound) -> np.ndarray:
         pieces = [stream.resample_chunk(block) for block in _limited(sound)]
         pieces.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _count(sound: Sound) -> int:
+    """How many samples `resample` would give."""
+    samples = sound.samples
+    if samples is None:
+        samples = sum(len(block) for block in _limited(sound))
+    return resampled(samples, sound.rate)
 
 
 def _limited(sound: Sound) -> Iterator[np.ndarray]:

@@ -121,8 +121,9 @@ def _fetch(url: str, out: BinaryIO) -> None:
             if done < promised:
                 raise MediaError(f"{shown_url(url)}: {done} of {promised} bytes came; try again")
     except HTTPError as error:
+        reason = str(error.reason).partition("\n")[0]
         raise MediaError(
-            f"{shown_url(url)}: the server says {error.code} {error.reason}"
+            f"{shown_url(url)}: the server says {error.code} ({reason}); check the address"
         ) from error
     except (URLError, HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error

@@ -89,8 +89,10 @@ def is_frames(value: object) -> TypeGuard[Sequence[Any] | np.ndarray]:
 
 
 def frames_taken(total: int, rate: Fraction, settings: MediaSettings) -> int:
-    """How many of `total` frames at `rate` a second are taken: `smart_nframes` of
-    qwen-omni-utils."""
+    """How many of `total` frames at `rate` a second are taken.
+
+    The rule of `smart_nframes` in qwen-omni-utils; a single frame, which it refuses, is taken.
+    """
     most = min(settings.max_frames, total)
     wanted = max(math.floor(total / rate * Fraction(settings.fps)), MIN_FRAMES)
     return max(1, min(wanted, most) // FRAME_FACTOR * FRAME_FACTOR)
@@ -104,8 +106,7 @@ def pick(times: tuple[int, ...], count: int) -> list[int]:
 
 
 def _timeline(source: Source, *, read: bool) -> Timeline:
-    """When the frames are shown; their times too where `read`, or where that is the way to
-    count."""
+    """When the frames are shown; with `read`, the time of each."""
     with open_container(source) as container:
         track = picture_stream(container, source.label)
         indexed = None if read else index_timeline(container, track, source)
@@ -152,8 +153,7 @@ def _sampling(
 
 
 def _rate(track: Any, timeline: Timeline) -> Fraction:
-    """Frames a second: what the header says where the frames' times bear it out, else their
-    mean."""
+    """Frames a second: as the header says where the frames bear it out, else their mean."""
     seconds = timeline.ticks * Fraction(track.time_base)
     if track.average_rate:
         stated = Fraction(track.average_rate)

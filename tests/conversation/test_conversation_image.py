@@ -136,18 +136,22 @@ def test_sixteen_bits_keep_their_upper_half() -> None:
         np.testing.assert_array_equal(pixels, np.repeat((values >> 8)[:, :, None], 3, axis=2))
 
 
-@pytest.mark.oracle
-def test_transparency_goes_on_white_as_in_transformers() -> None:
-    from transformers.image_transforms import convert_to_rgb
-
+def test_transparent_parts_become_white() -> None:
+    """As in transformers 5.23 and Qwen's own tools; transformers 5.17 still dropped the alpha."""
     rgba = np.dstack([picture(40, 60), picture(40, 60, 5)[:, :, 0]])
+    alpha = rgba[:, :, 3:] / 255.0
+    wanted = rgba[:, :, :3] * alpha + 255 * (1 - alpha)
+    for value in (rgba, Image.fromarray(rgba), encoded(Image.fromarray(rgba), "PNG")):
+        assert np.abs(np.asarray(load_image(value)[1]) - wanted).max() <= 1
     palette = Image.fromarray(picture(40, 60)).convert("P")
-    palette.info["transparency"] = 3
-    for image in (Image.fromarray(rgba), Image.fromarray(rgba).convert("LA"), palette):
-        wanted = np.asarray(convert_to_rgb(image))
-        np.testing.assert_array_equal(np.asarray(load_image(image)[1]), wanted)
-    clear = np.zeros((8, 8, 4), np.uint8)
-    assert (np.asarray(load_image(clear)[1]) == 255).all()
+    clear = int(np.asarray(palette)[7, 7])
+    palette.info["transparency"] = clear
+    found = np.asarray(load_image(palette)[1])
+    see_through = np.asarray(palette) == clear
+    assert (found[see_through] == 255).all()
+    np.testing.assert_array_equal(
+        found[~see_through], np.asarray(palette.convert("RGB"))[~see_through]
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
