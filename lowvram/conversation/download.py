@@ -126,7 +126,7 @@ def _fetch(url: str, out: BinaryIO) -> None:
             f"{shown_url(url)}: the server says {error.code} ({reason}); check the address"
         ) from error
     except (URLError, HTTPException, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        reason = str(getattr(error, "reason", None) or error)
         raise MediaError(
             f"{shown_url(url)}: cannot be fetched ({reason}); check the address"
         ) from error

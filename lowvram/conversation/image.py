@@ -78,8 +78,7 @@ def _opened(value: object) -> Iterator[tuple[str, Image]]:
 
 @contextlib.contextmanager
 def _readable(label: str) -> Iterator[None]:
-    """Whatever Pillow raises about an image becomes one line about it; what it warns of is its
-    own."""
+    """Whatever Pillow raises about an image becomes one line about it; its warnings are dropped."""
     from PIL import Image as pil
 
     try:

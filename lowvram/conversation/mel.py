@@ -40,8 +40,7 @@ def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _stretch(samples: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The samples under frames [start, stop), float64: mirrored before the first, zero after the
-    last."""
+    """The samples under frames [start, stop), float64: mirrored before the first, then zero."""
     first = start * HOP - _REACH
     last = (stop - 1) * HOP + _REACH
     out = np.zeros(last - first)

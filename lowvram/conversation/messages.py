@@ -19,8 +19,7 @@ SPEECH_PROMPT = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
     "perceiving auditory and visual inputs, as well as generating text and speech."
 )
-"""The system prompt that the Talker was trained with (model card of Qwen2.5-Omni): speech needs
-it."""
+"""The system prompt that speech needs, because the Talker was trained with it (model card)."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,11 @@ def _message(raw: object, where: str, settings: MediaSettings) -> Message:
         raise UsageError(f"{where} has role {role!r}; wanted {', '.join(ROLES)}")
     content = raw.get("content")
     if isinstance(content, str):
-        return Message(role, (Text(content),))
+        return Message(role, (_text(content, where),))
     if not _is_list(content):
         raise UsageError(
             f"{where} has {_described(content)} as content; wanted a string, or a list of items "
-            "like "
-            '{"type": "text", "text": "Hello"}'
+            'like {"type": "text", "text": "Hello"}'
         )
     parts = (_part(item, f"{where}, item {i + 1},", settings) for i, item in enumerate(content))
     return Message(role, tuple(parts))
@@ -120,7 +118,7 @@ def _message(raw: object, where: str, settings: MediaSettings) -> Message:
 
 def _part(raw: object, where: str, settings: MediaSettings) -> Text | Media:
     if isinstance(raw, str):
-        return Text(raw)
+        return _text(raw, where)
     if not isinstance(raw, Mapping):
         raise UsageError(f'{where} is {_described(raw)}; wanted a dict with "type"')
     kind = raw.get("type", next((name for name in ("text", *KINDS) if name in raw), None))
@@ -128,10 +126,20 @@ def _part(raw: object, where: str, settings: MediaSettings) -> Text | Media:
         text = raw.get("text")
         if not isinstance(text, str):
             raise UsageError(f'{where} has {_described(text)} as "text"; wanted a string')
-        return Text(text)
+        return _text(text, where)
     if kind not in KINDS:
         raise UsageError(f"{where} has type {kind!r}; wanted text, image, audio or video")
     return Media(kind, _value(raw, kind, where), _item_settings(raw, kind, where, settings))
+
+
+def _text(text: str, where: str) -> Text:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} has text that is no Unicode ({error.reason}); wanted text in UTF-8"
+        ) from error
+    return Text(text)
 
 
 def _value(raw: Mapping[str, Any], kind: Kind, where: str) -> Any:

@@ -24,8 +24,7 @@ IMAGE_PIXELS = (56 * 56, 28 * 28 * 16384)
 VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
 """Fewest and most pixels of a video frame (`Qwen2_5OmniProcessor` in transformers)."""
 VIDEO_TOKENS = int(128_000 * 0.9)
-"""Tokens that all frames of one video may take together (`VIDEO_TOTAL_PIXELS` of
-qwen-omni-utils)."""
+"""Tokens that one video may take (`VIDEO_TOTAL_PIXELS` of qwen-omni-utils, in tokens)."""
 BICUBIC = 3
 """The one resampling filter that is read in `preprocessor_config.json`, by Pillow's number."""
 

@@ -77,11 +77,13 @@ def chunks(span: HeardVideo, config: ThinkerConfig) -> Iterator[tuple[bool, slic
 
 
 def check_window(next_position: int, reply_tokens: int, limit: int) -> None:
-    """Raise UsageError where a reply of `reply_tokens`, beginning at `next_position`, leaves the
-    window.
+    """Check that a reply of `reply_tokens`, beginning at `next_position`, stays in the window.
 
     `limit` is `max_position_embeddings`. Positions count, not tokens: a second of video or sound is
     25 positions however many tokens it takes.
+
+    Raises:
+        UsageError: it does not.
     """
     if next_position + reply_tokens > limit:
         raise UsageError(

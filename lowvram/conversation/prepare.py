@@ -92,7 +92,8 @@ def measure(
 ) -> PromptShape:
     """The shape that `prepare` would give, from headers; compressed sound is decoded to be counted.
 
-    Raises: as `prepare`, as far as headers show it.
+    Raises:
+        UsageError, MediaError, CheckpointError: as `prepare`, as far as headers show it.
     """
     parsed = _parse(messages, settings, speech)
     pixels = _formats(preprocessor, config)

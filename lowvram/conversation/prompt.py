@@ -60,8 +60,7 @@ class VisionInput:
     seconds_per_grid: float = 0.0
 
     def patches(self, pair: int) -> np.ndarray:
-        """Patches of one frame pair, float32 [height * width, patch_values], made anew each
-        time."""
+        """Patches of one frame pair, made now: float32 [height * width, patch_values]."""
         return self.format.patches(self.frames, pair)
 
 

@@ -41,8 +41,7 @@ def _check_wav(file: BinaryIO, label: str) -> None:
 
 
 def _check_ogg(file: BinaryIO, label: str) -> None:
-    """The last page must be complete: 27 bytes, a table of lengths, and what the table adds up
-    to."""
+    """The last page must be complete: 27 bytes, a table of lengths, and their sum in bytes."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _OGG_TAIL))
     tail = file.read()

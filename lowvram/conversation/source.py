@@ -100,6 +100,7 @@ def _in_memory(data: bytes, label: str) -> Source:
 
 
 def _in_file(path: Path, label: str) -> Source:
+    label = "".join(c if c.isprintable() else "?" for c in label)
     try:
         if path.is_dir():
             raise MediaError(f"{label}: a folder; wanted a media file")

@@ -51,8 +51,7 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate:
-        """From `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`, the first
-        there.
+        """From the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
 
         Raises:
             CheckpointError: none of them has one, or a file is damaged.
@@ -104,14 +103,11 @@ class ChatTemplate:
         except LowVRAMError:
             raise
         except Exception as error:  # a template can raise anything
-            raise CheckpointError(
-                f"the chat template fails: {error}; take the published one"
-            ) from error
+            raise _template_error("fails", error) from error
 
     @cached_property
     def _compiled(self) -> Any:
-        """Compiled as transformers compiles chat templates: same environment, filters and
-        globals."""
+        """Compiled with the environment, filters and globals that transformers gives."""
         from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -125,9 +121,7 @@ class ChatTemplate:
         try:
             return environment.from_string(self._source)
         except TemplateError as error:
-            raise CheckpointError(
-                f"the chat template cannot be read: {error}; take the published one"
-            ) from error
+            raise _template_error("cannot be read", error) from error
 
 
 def _texts(messages: tuple[Message, ...]) -> list[str]:
@@ -145,8 +139,14 @@ def _content(message: Message, texts: Iterator[str]) -> str | list[dict[str, str
     ]
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(f"the checkpoint's chat template refuses the conversation: {message}")
+def _refuse(message: object) -> NoReturn:
+    reason = str(message).partition("\n")[0]
+    raise UsageError(f"the checkpoint's chat template refuses the conversation: {reason}")
+
+
+def _template_error(what: str, error: Exception) -> CheckpointError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return CheckpointError(f"the chat template {what} ({reason}); take the published one")
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

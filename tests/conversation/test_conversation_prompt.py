@@ -289,6 +289,7 @@ def test_pixel_bounds_come_from_the_preprocessor_and_yield_to_settings(
         (user(3), "message 1, item 1, is a int"),
         (user({"type": "smell"}), "type 'smell'"),
         (user({"type": "text"}), 'missing as "text"'),
+        (user("half of a pair: \ud83d"), "no Unicode"),
         (user({"type": "image"}), 'no "image"'),
         (user({"type": "image", "image": "a.png", "rotate": 90}), "'rotate', which is not known"),
         (user({"type": "video", "video": "a.mp4", "fps": 0}), "fps is 0"),

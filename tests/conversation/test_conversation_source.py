@@ -169,6 +169,7 @@ def test_a_server_that_is_not_there() -> None:
         ("/dev/zero", "not a regular file"),
         ("/", "a folder"),
         ("nul\0byte", "cannot be read"),
+        ("two\nlines.png", "two?lines.png: no such file"),
         (None, "given as NoneType"),
     ],
 )
