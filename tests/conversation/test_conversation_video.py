@@ -248,7 +248,7 @@ def test_cover_art_is_no_video(tmp_path: Path) -> None:
         sound = out.add_stream_from_template(plain.streams.audio[0])
         art = out.add_stream("png", rate=1)
         art.width, art.height, art.pix_fmt = 64, 64, "rgb24"
-        art.disposition = av.stream.Disposition.attached_pic
+        art.disposition = av.stream.Disposition.attached_pic.value
         for packet in plain.demux():
             if packet.size:
                 packet.stream = sound
