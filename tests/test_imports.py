@@ -36,6 +36,8 @@ def test_the_package_is_light() -> None:
         (["doctor"], 0),
         (["--nonsense"], 2),
         (["--speaker", "Nobody"], 2),
+        (["--allow", "nothing"], 2),
+        (["--device", "abacus"], 2),
         (["-m", "no/such/folder", "-p", "hi", "--offline"], 1),
         (["-o", "no/such/folder/out.wav"], 1),
     ],

@@ -97,7 +97,9 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
         metavar="MODEL",
         help=f"a folder, a hub id or a built-in name (default: {POCKET}, which speaks noise)",
     )
-    parser.add_argument("--offline", action="store_true", help="never use the network")
+    parser.add_argument(
+        "--offline", action="store_true", help="take hub models from the cache only"
+    )
 
 
 def _add_question(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +155,7 @@ def _add_reply(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=reply.max_new_tokens,
         metavar="N",
-        help="the most tokens of text (default: %(default)s)",
+        help="the most tokens of text (default: the model's own limit)",
     )
     group.add_argument(
         "--max-speech",

@@ -72,7 +72,7 @@ def make_report(audio_seconds: float) -> Report:
 class Engine:
     """What the stand-in will do, and what it was asked.
 
-    `script` holds words (str), sounds (arrays) and exceptions, in the order of the reply.
+    `script` holds words (str), sounds (arrays), exceptions and calls, in the order of the reply.
     """
 
     script: list[Any] = field(default_factory=lambda: ["Hello", " there", TONE, TONE])
@@ -108,6 +108,9 @@ class Engine:
         for step in self.script:
             if isinstance(step, BaseException):
                 raise step
+            if callable(step):
+                step()
+                continue
             if isinstance(step, str):
                 text += step
                 yield TextDelta(step)

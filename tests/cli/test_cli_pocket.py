@@ -94,6 +94,15 @@ def test_plan_says_what_run_does(capsys: Any) -> None:
     assert planned["budget_bytes"] == ran["budget_bytes"] == 2**30
 
 
+def test_plan_and_run_take_the_same_defaults(capsys: Any) -> None:
+    found = []
+    for verb in ("run", "plan"):
+        assert main([verb, "-p", "hi", "--no-speech", "--max-memory", "1GiB", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    ran, planned = found
+    assert planned["phases"] == ran["plan"]["phases"]
+
+
 def test_the_plan_as_a_table(capsys: Any) -> None:
     assert main(["plan", *SHORT]) == 0
     out, err = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 
 from lowvram.cli.main import main
+from lowvram.cli.wav import WavFile
 from lowvram.errors import (
     CheckpointError,
     DeviceError,
@@ -240,6 +242,15 @@ def test_an_interrupted_reply_keeps_what_was_spoken(engine: Any, capsys: Any) ->
     assert left_behind() == ["lowvram.wav"]
 
 
+def test_termination_is_an_interruption(engine: Any, capsys: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    engine.script = ["Hello", lambda: signal.raise_signal(signal.SIGTERM), "never"]
+    assert main(["-p", "hi"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[-1]) == ("Hello\n", "lowvram-demo: interrupted")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_refusal_is_an_object_too(engine: Any, capsys: Any) -> None:
     engine.refuse()
     assert main(["-p", "hi", "--json"]) == 3
@@ -302,3 +313,26 @@ def test_warnings_are_notes_of_one_line(engine: Any, capsys: Any) -> None:
     engine.reply = lambda messages, options: words()
     assert main(["-p", "hi", "-m", "folder"]) == 0
     assert capsys.readouterr().err.splitlines()[0] == "note: --max-memory 9 GiB lowered"
+
+
+def test_a_sound_that_cannot_be_written_stops_the_work(
+    engine: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    reply = engine.reply
+
+    def watched(messages: Any, options: Any) -> Any:
+        try:
+            yield from reply(messages, options)
+        finally:
+            order.append(f"stopped, {engine.closed} closed")
+
+    def full(sink: Any, samples: Any) -> None:
+        raise LowVRAMError("cannot write lowvram.wav: the disk is full")
+
+    engine.reply = watched
+    monkeypatch.setattr(WavFile, "write", full)
+    assert main(["-p", "hi"]) == 1
+    assert order == ["stopped, 0 closed"]
+    said = "lowvram-demo: error: cannot write lowvram.wav: the disk is full\n"
+    assert capsys.readouterr().err.endswith(said)
