@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lowvram.events import AudioChunk, Finished, Result, TextDelta
@@ -31,7 +31,7 @@ class Chat:
 
     def stream(
         self, content: str | Sequence[Mapping[str, Any]], **options: Unpack[Options]
-    ) -> Iterator[TextDelta | AudioChunk | Finished]:
+    ) -> Generator[TextDelta | AudioChunk | Finished, None, None]:
         """The reply as it comes. A reply that is cut short leaves the conversation as it was."""
         turn = {"role": "user", "content": content}
         merged: Options = {**self._options, **options}

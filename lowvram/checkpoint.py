@@ -18,7 +18,7 @@ from lowvram import hub, pocket
 from lowvram.config import OmniConfig, QuantConfig
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.offload import Store
-from lowvram.quant import KernelName, linear_bytes
+from lowvram.quant import KernelName, linear_bytes, scratch_bytes
 from lowvram.specs import POCKET, SPECS, find_spec
 from lowvram.tensors import (
     EMBED_NAME,
@@ -128,6 +128,14 @@ class Checkpoint:
             else:
                 total += math.prod(shape) * size
         return total
+
+    @cached_property
+    def packed_scratch_bytes(self) -> int:
+        """Bytes that computing with the packed linears takes besides them; 0 where none is."""
+        shapes = thinker_linears(self.config.thinker)
+        return max(
+            (scratch_bytes(*shapes[name][:2]) for name in shapes if self.quantized(name)), default=0
+        )
 
     @cached_property
     def voices(self) -> tuple[str, ...]:

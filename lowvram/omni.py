@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -66,9 +66,7 @@ class LowVRAMOmni:
         )
         self._budget = decide_budget(max_memory, self._facts)
         self._device.set_limit(self._budget.budget_bytes)
-        self._dtype, self._dtype_reason = resolve_dtype(
-            dtype, checkpoint.stored_dtype, self._device.type
-        )
+        self._dtype = resolve_dtype(dtype, checkpoint.stored_dtype, self._device.type)
         self._speech = speech and checkpoint.config.speaks
         checkpoint.verify(self._speech)
         self._seed = seed
@@ -80,7 +78,7 @@ class LowVRAMOmni:
             self._device,
             self._meter,
             build_parts(
-                checkpoint, getattr(torch, self._dtype), speech=self._speech, kernel=kernel
+                checkpoint, getattr(torch, self._dtype.name), speech=self._speech, kernel=kernel
             ),
         )
         self._voices: dict[str, Voice] = {}
@@ -160,7 +158,7 @@ class LowVRAMOmni:
 
     def stream(
         self, conversation: Conversation, **options: Unpack[Options]
-    ) -> Iterator[TextDelta | AudioChunk | Finished]:
+    ) -> Generator[TextDelta | AudioChunk | Finished, None, None]:
         """The reply as it comes: `TextDelta`s, `AudioChunk`s, and last `Finished`.
 
         Arguments are checked, and the plan is made, when the first event is asked for. Closing the

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .linear import QuantLinear
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
-    from .sizes import KernelName, linear_bytes
+    from .sizes import KernelName, linear_bytes, scratch_bytes
 
 __all__ = [
     "GROUPS",
@@ -29,6 +29,7 @@ __all__ = [
     "linear_bytes",
     "pack",
     "quantize",
+    "scratch_bytes",
     "select",
     "unpack",
 ]
@@ -38,7 +39,7 @@ _HOME = {
     "linear": ("QuantLinear",),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
-    "sizes": ("KernelName", "linear_bytes"),
+    "sizes": ("KernelName", "linear_bytes", "scratch_bytes"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -6,6 +6,9 @@ from typing import Literal
 
 KernelName = Literal["reference", "cpu"]
 
+PIECE_WEIGHTS = 1 << 22
+"""Weights de-quantized at a time: 16 MiB in float32, and as much again while unpacking."""
+
 
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:
     """Bytes held by the weights of a linear (its bias aside) once it is ready for `kernel`.
@@ -18,3 +21,9 @@ def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "re
     if kernel == "cpu":
         return weights + groups * outputs * 4
     return weights + groups * outputs // 2 + groups * outputs * 2
+
+
+def scratch_bytes(inputs: int, outputs: int) -> int:
+    """Bytes that a linear takes besides its weights and its result, in any kernel and phase: one
+    piece of at most `PIECE_WEIGHTS`, or one column, four times over at 32 bits."""
+    return 16 * max(min(PIECE_WEIGHTS, inputs * outputs), inputs * 8)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from typing import cast
 
 from lowvram.cli.output import Console
 from lowvram.cli.wav import Sink
@@ -12,7 +11,11 @@ from lowvram.events import AudioChunk, Event, Finished, Result, TextDelta
 
 
 def follow(
-    events: Iterator[Event], console: Console, sink: Sink | None, *, note: str | None = None
+    events: Generator[Event, None, None],
+    console: Console,
+    sink: Sink | None,
+    *,
+    note: str | None = None,
 ) -> Result:
     """Pass every event on, and return the whole reply; `note` is said as soon as there is one.
 
@@ -26,7 +29,7 @@ def follow(
     result: Result | None = None
     console.waiting("reading the question")
     try:
-        with closing(cast(Generator[Event, None, None], events)):
+        with closing(events):
             for event in events:
                 if note is not None:
                     console.say(f"note: {note}")

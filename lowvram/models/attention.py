@@ -45,10 +45,11 @@ def attention(
     """
     batch, heads, rows, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    if heads % kv_heads or (causal and keys < rows):
+    # Without a row or a key the fused kernel of the CPU divides by zero, and ends the process.
+    if heads % kv_heads or (causal and keys < rows) or not (rows and keys):
         raise ValueError(
             f"{heads} query heads of {rows} rows on {kv_heads} key heads of {keys} keys "
-            f"(causal={causal}); wanted a multiple of heads, and at least as many keys as rows"
+            f"(causal={causal}); wanted a multiple of heads, and rows, and at least as many keys"
         )
     if q.device.type == "meta":
         return torch.empty_like(q)

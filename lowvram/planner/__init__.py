@@ -1,12 +1,19 @@
 """From a request and a budget to a plan. Imports no torch."""
 
-from lowvram.planner.device import DeviceFacts, decide_budget, probe_device, resolve_dtype
+from lowvram.planner.device import (
+    DeviceFacts,
+    DtypeChoice,
+    decide_budget,
+    probe_device,
+    resolve_dtype,
+)
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.planner.planner import OPTIONS, check_options, make_plan, plan_request
 
 __all__ = [
     "OPTIONS",
     "DeviceFacts",
+    "DtypeChoice",
     "PhasePlan",
     "Plan",
     "check_options",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowvram.errors import DeviceError, UsageError
 from lowvram.offload import (
@@ -100,7 +101,14 @@ def _budget(asked: int, facts: DeviceFacts) -> Budget:
     )
 
 
-def resolve_dtype(requested: str, stored: str, device_type: str) -> tuple[str, str]:
+class DtypeChoice(NamedTuple):
+    """The compute type by name, and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def resolve_dtype(requested: str, stored: str, device_type: str) -> DtypeChoice:
     """The compute type and why: as stored, but no float16 on the CPU, which is slow at it.
 
     Raises:
@@ -109,8 +117,8 @@ def resolve_dtype(requested: str, stored: str, device_type: str) -> tuple[str, s
     known = ("float32", "bfloat16", "float16")
     if requested == "auto":
         if stored == "float16" and device_type == "cpu":
-            return "bfloat16", "stored as float16, for which the CPU has no fast kernels"
-        return stored, "as stored"
+            return DtypeChoice("bfloat16", "stored as float16, which the CPU is slow at")
+        return DtypeChoice(stored, "as stored")
     if requested not in known:
         raise UsageError(f"unknown dtype {requested!r}; wanted auto, {', '.join(known)}")
-    return requested, "asked for"
+    return DtypeChoice(requested, "asked for")

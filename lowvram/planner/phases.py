@@ -23,6 +23,7 @@ class PhaseLoad:
     name: str
     modules: tuple[str, ...]
     kv: int = 0
+    workspace: int = 0
     carry: int = 0
     activations: int = 0
 
@@ -32,6 +33,7 @@ class PhaseLoad:
             f"{self.name}+{other.name}",
             self.modules + other.modules,
             self.kv + other.kv,
+            max(self.workspace, other.workspace),
             max(self.carry, other.carry),
             max(self.activations, other.activations),
         )
@@ -72,15 +74,16 @@ def request_phases(
         phases.append(PhaseLoad("audio", ("audio",), carry=prompt + states, activations=work))
     kv = laws.kv_bytes(text, tokens + reply, size)
     work = laws.prefill_bytes(text, tokens, size)
-    phases.append(PhaseLoad("prefill", ("text",), kv, prompt + states, work))
+    scratch = checkpoint.packed_scratch_bytes
+    phases.append(PhaseLoad("prefill", ("text",), kv, scratch, prompt + states, work))
     work = laws.decode_bytes(text, size)
-    phases.append(PhaseLoad("decode", ("text",), kv, prompt + states, work))
+    phases.append(PhaseLoad("decode", ("text",), kv, scratch, prompt + states, work))
     if settings.speech and config.talker and config.dit and config.bigvgan:
         codes = settings.codes
         decoder = config.talker.decoder
         kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
         work = laws.prefill_bytes(decoder, tokens + 2, size)
-        phases.append(PhaseLoad("talk", ("talker",), kv, spoken, work))
+        phases.append(PhaseLoad("talk", ("talker",), kv, carry=spoken, activations=work))
         pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
         window, frames = pieces.largest_pass(codes)
         kept = laws.modulation_bytes(config.dit, pieces.evaluations)

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from lowvram.conversation import PromptShape, check_window
 from lowvram.errors import UsageError
 from lowvram.offload import Budget, format_size, guard_bytes
-from lowvram.planner.device import DeviceFacts, decide_budget, probe_device, resolve_dtype
+from lowvram.planner.device import (
+    DeviceFacts,
+    DtypeChoice,
+    decide_budget,
+    probe_device,
+    resolve_dtype,
+)
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.quant import KernelName
@@ -67,11 +73,10 @@ def plan_request(
     """
     facts = probe_device(device)
     budget = decide_budget(max_memory, facts)
-    name, why = resolve_dtype(dtype, checkpoint.stored_dtype, facts.type)
-    plan = make_plan(
-        checkpoint, shape, settings, facts=facts, budget=budget, dtype=name, allow=allow
+    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts.type)
+    return make_plan(
+        checkpoint, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow
     )
-    return replace(plan, reasons=(*plan.reasons, f"{name}: {why}"))
 
 
 def make_plan(
@@ -81,7 +86,7 @@ def make_plan(
     *,
     facts: DeviceFacts,
     budget: Budget,
-    dtype: str,
+    dtype: DtypeChoice,
     allow: Sequence[str] = (),
     on_device: frozenset[str] = frozenset(),
 ) -> Plan:
@@ -94,14 +99,16 @@ def make_plan(
     settings = settings.completed(checkpoint.generation)
     text = checkpoint.config.thinker.text
     check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
-    packed: KernelName = "cpu" if (facts.type, dtype) == ("cpu", "bfloat16") else "reference"
+    packed: KernelName = "cpu" if (facts.type, dtype.name) == ("cpu", "bfloat16") else "reference"
     weights: dict[str, int] = {
-        m: checkpoint.part_bytes(m, ITEMSIZE[dtype], packed) for m in MODULES
+        m: checkpoint.part_bytes(m, ITEMSIZE[dtype.name], packed) for m in MODULES
     }
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         on_host = facts.type == "cpu"
-        phases = request_phases(checkpoint, shape, changed, dtype=dtype, host_is_device=on_host)
+        phases = request_phases(
+            checkpoint, shape, changed, dtype=dtype.name, host_is_device=on_host
+        )
         return list(_choices(phases, weights, facts, on_device))
 
     choices = choose(settings)
@@ -123,7 +130,7 @@ def make_plan(
         fits=bool(fitting),
         model=checkpoint.name,
         device=facts.name,
-        dtype=dtype,
+        dtype=dtype.name,
         budget_bytes=budget.budget_bytes,
         context_bytes=facts.context_bytes,
         guard_bytes=budget.guard_bytes,
@@ -132,7 +139,10 @@ def make_plan(
         phases=best.rows,
         residency=_residency(best, used),
         bytes_to_move=sum(weights[m] for m in used - (on_device & best.resident)),
-        reasons=_reasons(best, used, weights, facts, budget, minimum, allow),
+        reasons=(
+            *_reasons(best, used, weights, facts, budget, minimum, allow),
+            f"{dtype.name}: {dtype.reason}",
+        ),
         knobs={knob: size for knob, size in knobs.items() if size < minimum},
     )
 
@@ -186,13 +196,14 @@ def _row(
     phase: PhaseLoad, resident: frozenset[str], weights: Mapping[str, int], facts: DeviceFacts
 ) -> PhasePlan:
     there = tuple(m for m in MODULES if m in resident or m in phase.modules)
+    library = ACCELERATOR_WORKSPACE_BYTES if facts.type in ("cuda", "npu") else 0
     parts = {
         "weights": sum(weights[m] for m in there),
         "slabs": 0,
         "kv": phase.kv,
         "carry": phase.carry,
         "activations": phase.activations,
-        "workspace": ACCELERATOR_WORKSPACE_BYTES if facts.type in ("cuda", "npu") else 0,
+        "workspace": library + phase.workspace,
     }
     stays = [m for m in phase.modules if m in resident]
     return PhasePlan(

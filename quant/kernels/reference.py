@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from ..phase import Phase
+from ..sizes import PIECE_WEIGHTS
 from . import Problem
 
 NAME = "reference"
-
-PIECE_WEIGHTS = 1 << 22
-"""Weights de-quantized at a time: 16 MiB in float32, and as much again while unpacking."""
 
 
 def refusal(problem: Problem) -> str | None:

@@ -68,7 +68,10 @@ def same(one: Result, other: Result) -> bool:
     )
 
 
-def test_every_budget_gives_the_same_reply_and_is_kept(folder: Path) -> None:
+@pytest.mark.parametrize("awq", [False, True], ids=["16-bit", "awq"])
+def test_every_budget_gives_the_same_reply_and_is_kept(awq: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint(folder, seed=5, awq=awq)
     with LowVRAMOmni.from_pretrained(folder, device="cpu") as omni:
         plan = omni.plan(EVERYTHING, **SHORT)
         roomy = omni.generate(EVERYTHING, **SHORT)

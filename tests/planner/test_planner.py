@@ -14,6 +14,7 @@ from lowvram.conversation import PromptShape
 from lowvram.errors import DeviceError, UsageError
 from lowvram.planner import (
     DeviceFacts,
+    DtypeChoice,
     Plan,
     decide_budget,
     make_plan,
@@ -32,6 +33,7 @@ class Published:
     name = "7B"
     stored_dtype = "float16"
     config = SPECS["Qwen2.5-Omni-7B-AWQ"].config
+    packed_scratch_bytes = 2**26
     generation = SimpleNamespace(max_codes=4096, max_new_tokens=None)
 
     def part_bytes(self, part: str, itemsize: int, kernel: str) -> int:
@@ -71,7 +73,7 @@ def plan(
             context_bytes=where.context_bytes,
             guard_bytes=guard_bytes(budget),
         ),
-        dtype="float16",
+        dtype=DtypeChoice("float16", "as stored"),
         on_device=on_device,
     )
 
