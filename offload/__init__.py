@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         devices,
         parse_device,
     )
-    from .store import Store, TensorInfo
+    from .store import Store, TensorInfo, torch_dtype
 
 __all__ = [
     "Budget",
@@ -42,6 +42,7 @@ __all__ = [
     "open_device",
     "parse_device",
     "parse_size",
+    "torch_dtype",
 ]
 
 _HOME = {
@@ -50,7 +51,7 @@ _HOME = {
     "loader": ("Loader", "Part"),
     "meter": ("Meter", "PhaseMeasure", "TimelinePoint"),
     "probe": ("DeviceInfo", "default_device", "defer_npu_autoload", "devices", "parse_device"),
-    "store": ("Store", "TensorInfo"),
+    "store": ("Store", "TensorInfo", "torch_dtype"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

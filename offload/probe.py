@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -78,7 +77,7 @@ def defer_npu_autoload() -> None:
     makes `import torch` fail. With the switch off torch_npu is imported when an npu is asked for.
     A value the user has set stays.
     """
-    if "torch" not in sys.modules and npu_installed():
+    if npu_installed():
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 

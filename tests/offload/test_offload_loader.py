@@ -382,8 +382,9 @@ def test_an_allocator_s_error_passes_through_and_leaves_nothing(
     loader.nbytes("toy")  # the shapes alone
     monkeypatch.setattr(torch, "empty", empty)
     with meter.phase("prefill"):
-        with pytest.raises(RuntimeError, match="can't allocate memory"):
+        with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
             loader.load("toy")
+        assert caught.value.__traceback__ is not None
         assert meter._ledger is not None
         assert meter._ledger.live_bytes == 0
     assert meter.held() == {"weights": B_BYTES}

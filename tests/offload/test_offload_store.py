@@ -268,6 +268,7 @@ TWO = {"a": entry("F32", [2], 0, 8), "b": entry("U8", [3], 8, 11)}
         ({"a": entry("F32", [2], 8, 16)}, b"x" * 16, "'a' starts at"),
         ({"a": entry("F32", [3], 0, 8)}, b"x" * 8, r"'a' is F32 \[3\] in 8 bytes"),
         ({"a": entry("F32", [2], 8, 0)}, b"x" * 8, "in -8 bytes"),
+        ({"a": entry("F4", [2], 8, 0)}, b"x" * 8, "in -8 bytes"),
         ({"a": entry("F32", [1 << 62] * 50, 0, 8)}, b"x" * 8, "does not agree"),
         ({"a": entry("F32", [-2], 0, 8)}, b"x" * 8, "lacks a valid dtype, shape"),
         ({"a": entry("F32", [2.0], 0, 8)}, b"x" * 8, "lacks a valid dtype, shape"),  # type: ignore[list-item]
