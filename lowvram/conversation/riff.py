@@ -15,11 +15,13 @@ _OGG_TAIL = 1 << 16
 
 
 def check_whole(source: Source) -> None:
-    """Raise MediaError where a WAV or Ogg file ends before its own bookkeeping says."""
+    """Raise MediaError where a WAV, AIFF or Ogg file ends before its own bookkeeping says."""
     with source.open() as file:
         magic = file.read(12)
         if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
             _check_wav(file, source.label)
+        elif magic[:4] == b"FORM":
+            _check_length(8 + int.from_bytes(magic[4:8], "big"), source.size, source.label)
         elif magic[:4] == b"OggS":
             _check_ogg(file, source.label)
 
@@ -31,13 +33,17 @@ def _check_wav(file: BinaryIO, label: str) -> None:
         file.seek(at)
         name, length = struct.unpack("<4sI", file.read(8))
         if name == b"data":
-            if length not in _STREAMED and at + 8 + length > size:
-                raise MediaError(
-                    f"{label}: cut short, {size - at - 8} of {length} bytes of sound are there; "
-                    "get the recording again"
-                )
+            if length not in _STREAMED:
+                _check_length(at + 8 + length, size, label)
             return
         at += 8 + length + length % 2
+
+
+def _check_length(promised: int, size: int, label: str) -> None:
+    if promised > size:
+        raise MediaError(
+            f"{label}: cut short, {size} of {promised} bytes are there; get the recording again"
+        )
 
 
 def _check_ogg(file: BinaryIO, label: str) -> None:

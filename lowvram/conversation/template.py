@@ -13,33 +13,8 @@ from typing import Any, NoReturn
 from lowvram.conversation.messages import Message, Text
 from lowvram.errors import CheckpointError, LowVRAMError, UsageError
 
-
-class Marks:
-    """Stand-ins for the texts of a conversation, and the way back.
-
-    The template runs on the marks, so nothing typed can pass for a special token that it writes. A
-    mark is two private-use characters with numbers between, the first of which is chosen so that no
-    text contains it.
-    """
-
-    def __init__(self, texts: list[str]) -> None:
-        nonce = 0
-        while any(self._mark(nonce, "") in text for text in texts):
-            nonce += 1
-        self._texts = texts
-        self._nonce = nonce
-
-    @staticmethod
-    def _mark(nonce: int, rest: str) -> str:
-        return f"\ue000{nonce}:{rest}"
-
-    def mark(self, index: int) -> str:
-        return self._mark(self._nonce, f"{index}\ue001")
-
-    def fill(self, rendered: str) -> str:
-        """`rendered` with the texts back in the place of their marks."""
-        pattern = re.escape(self._mark(self._nonce, "")) + "(\\d+)\ue001"
-        return re.sub(pattern, lambda found: self._texts[int(found[1])], rendered)
+_MARK = re.compile("\ue000(\\d+)\ue001")
+"""Stands for a text while the template runs: a number between two private-use characters."""
 
 
 class ChatTemplate:
@@ -83,11 +58,20 @@ class ChatTemplate:
         texts = _texts(messages)
         return self._render(messages, texts, add_generation_prompt)
 
-    def render_marked(self, messages: tuple[Message, ...]) -> tuple[str, Marks]:
-        """The conversation up to the reply, with a mark in the place of each text."""
+    def render_marked(self, messages: tuple[Message, ...]) -> str:
+        """The conversation up to the reply, with a mark in the place of each text.
+
+        The template never sees what was typed, so nothing typed can pass for a special token that
+        the template writes. `fill` puts the texts back.
+        """
+        marks = [f"\ue000{i}\ue001" for i in range(len(_texts(messages)))]
+        return self._render(messages, marks, True)
+
+    @staticmethod
+    def fill(marked: str, messages: tuple[Message, ...]) -> str:
+        """Part of a marked rendering, with the texts in the place of their marks."""
         texts = _texts(messages)
-        marks = Marks(texts)
-        return self._render(messages, [marks.mark(i) for i in range(len(texts))], True), marks
+        return _MARK.sub(lambda found: texts[int(found[1])], marked)
 
     def _render(
         self, messages: tuple[Message, ...], texts: list[str], add_generation_prompt: bool

@@ -85,12 +85,12 @@ class Tokenizer:
 
     def pieces(self, messages: tuple[Message, ...]) -> Iterator[int | str]:
         """The rendered conversation as special tokens (ids) and the runs of text between them."""
-        marked, texts = self._template.render_marked(messages)
+        marked = self._template.render_marked(messages)
         for i, piece in enumerate(self._splitter.split(marked)):
             if i % 2:
                 yield self.special[piece]
             elif piece:
-                yield texts.fill(piece)
+                yield self._template.fill(piece, messages)
 
 
 class TextStream:

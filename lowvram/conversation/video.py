@@ -148,7 +148,7 @@ def _sampling(
         total=total,
         frames=taken,
         size=pixels.fit(label, size, bounds),
-        seconds_per_grid=1.0,
+        seconds_per_grid=float(pixels.frames * total / (taken * rate)),
     )
 
 

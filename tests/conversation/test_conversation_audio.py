@@ -15,6 +15,7 @@ from conversation_files import tone, wav_bytes, write_film
 
 from lowvram.conversation.audio import (
     _contained,
+    _plain_blocks,
     audio_frames,
     load_audio,
     load_sound_track,
@@ -155,6 +156,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = wav_bytes(stereo(16_000), 16_000)
     soundfile.write(folder / "whole.flac", stereo(16_000), 16_000)
     soundfile.write(folder / "whole.ogg", stereo(16_000), 16_000)
+    soundfile.write(folder / "whole.aiff", stereo(16_000), 16_000)
     write_film(folder / "whole.m4a", codec=None, container={"movflags": "faststart"})
     write_film(folder / "whole.mkv", codec=None, seconds=5)
     write_film(folder / "silent.mp4", sound=None)
@@ -167,6 +169,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "header.wav": (whole[:44], "cut short"),
         "nothing.wav": (wav_bytes(np.zeros((0, 1), np.float32), 16_000), "no sound"),
         "cut.flac": ((folder / "whole.flac").read_bytes()[:9000], "whole.flac"),
+        "cut.aiff": ((folder / "whole.aiff").read_bytes()[:9000], "cut short"),
         "cut.ogg": ((folder / "whole.ogg").read_bytes()[:6000], "cut short"),
         "cut.m4a": ((folder / "whole.m4a").read_bytes()[:-3000], "cut short"),
         "cut.mkv": ((folder / "whole.mkv").read_bytes()[:20_000], "cut short"),
@@ -191,6 +194,18 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, capfd: pytest.CaptureFixtu
         line = str(caught.value)
         assert said in line and str(path) in line and "\n" not in line, name
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_decoder_that_stops_early_is_not_believed() -> None:
+    class Short:
+        channels, frames, left = 1, 100, 40
+
+        def read(self, *_: Any, **__: Any) -> np.ndarray:
+            self.left, found = 0, self.left
+            return np.zeros((found, 1), np.float32)
+
+    with pytest.raises(MediaError, match="cut short, 40 of 100 samples"):
+        list(_plain_blocks(Short(), "a.flac"))
 
 
 def test_a_stream_of_unknown_length_is_read_to_its_end() -> None:

@@ -223,6 +223,13 @@ def test_what_is_no_picture_is_refused(value: Any, said: str) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_bound_on_pixels_does_not_hang_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as programs do that trust their files
+    for door in (load_image, image_size):
+        with pytest.raises(MediaError, match="not safe to unpack"):
+            door(bomb(60_000, 60_000))
+
+
 def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
     """Pillow would hand EPS to Ghostscript."""
     path = tmp_path / "drawing.png"

@@ -202,7 +202,7 @@ def test_a_template_that_loses_media_is_refused(source: str, said: str, tmp_path
 
 
 def test_texts_that_look_like_the_marks_in_use(tokenizer: Tokenizer) -> None:
-    odd = "\ue0000:0\ue001 \ue0001:1\ue001 \\1 \\g<0>"
+    odd = "\ue0000\ue001 \ue0001\ue001 \ue00099\ue001 \\1 \\g<0>"
     prompt, _ = prepared(user(odd, "second"), tokenizer)
     assert odd + "second" in tokenizer.decode(prompt.ids)
 

@@ -70,10 +70,11 @@ def test_a_whole_number_of_seconds_is_sampled_at_exactly_two_frames_a_second() -
     assert frames_taken(10_000, Fraction(10), settings) == 768
 
 
-def test_frames_are_picked_by_the_time_at_which_they_are_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["mkv", "mp4", "mov"])
+def test_frames_are_picked_by_the_time_at_which_they_are_shown(form: str, tmp_path: Path) -> None:
     """Half of the frames are shown in the first second, the other half in the next nine."""
     times = [i * 50 for i in range(20)] + [1000 + i * 450 for i in range(20)]
-    film = write_film(tmp_path / "film.mkv", frames=40, times=times, sound=None)
+    film = write_film(tmp_path / f"film.{form}", frames=40, times=times, sound=None)
     sampling, frames = load(film, fps=1.0)
     starts = [times[i] for i in shown(frames)]
     wanted = np.linspace(times[0], times[-1], len(starts))
