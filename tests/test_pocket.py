@@ -224,6 +224,7 @@ def test_transformers_reads_the_tokenizer_alike(folder: Path) -> None:
                 {"type": "image", "image": "a.png"},
                 {"type": "audio", "audio": "a.wav"},
                 {"type": "video", "video": "a.mp4"},
+                {"audio": "b.wav"},
                 {"type": "text", "text": "What is it?"},
             ],
         },
@@ -234,7 +235,8 @@ def test_transformers_reads_the_tokenizer_alike(folder: Path) -> None:
     assert written == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_bos|><|IMAGE|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>"
-        "<|vision_bos|><|VIDEO|><|vision_eos|>What is it?<|im_end|>\n"
+        "<|vision_bos|><|VIDEO|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>"
+        "What is it?<|im_end|>\n"
         "<|im_start|>assistant\nA river.<|im_end|>\n"
         "<|im_start|>user\nThanks.<|im_end|>\n"
         "<|im_start|>assistant\n"

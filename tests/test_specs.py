@@ -118,8 +118,9 @@ def test_awq_refuses_dimensions_that_cannot_be_packed() -> None:
 def test_every_tensor_has_a_part_and_foreign_ones_are_refused() -> None:
     tensors = expected_tensors(SPECS["Qwen2.5-Omni-3B"].config)
     assert {part_of(name) for name in tensors} == set(PARTS)
-    with pytest.raises(CheckpointError, match="belongs to no part"):
-        part_of("model.layers.0.mlp.up_proj.weight")
+    for foreign in ("model.layers.0.mlp.up_proj.weight", "model.talker.codec_head.weight"):
+        with pytest.raises(CheckpointError, match="belongs to no part"):
+            part_of(foreign)
 
 
 @pytest.mark.parametrize(

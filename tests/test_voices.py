@@ -71,6 +71,14 @@ class Malicious:
             r"cond \[48\], wanted \[1, 48\]",
         ),
         (
+            {"A": {"bos_token": 1, "cond": torch.zeros(1, 47), "ref_mel": torch.zeros(1, 9, 80)}},
+            r"cond \[1, 47\], wanted \[1, 48\]",
+        ),
+        (
+            {"A": {"bos_token": 1, "cond": torch.zeros(1, 48), "ref_mel": torch.zeros(1, 9, 81)}},
+            r"ref_mel \[1, 9, 81\], wanted \[1, frames, 80\]",
+        ),
+        (
             {"A": {"bos_token": 1, "cond": torch.zeros(1, 48), "ref_mel": torch.zeros(1, 0, 80)}},
             "ref_mel",
         ),

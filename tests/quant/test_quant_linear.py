@@ -170,7 +170,7 @@ def test_the_phase_chooses_the_kernel_and_the_rows_do_not(monkeypatch: pytest.Mo
         (Problem("cpu", torch.bfloat16, 256, 64, 128), "reference", "reference", "asked for"),
         (Problem("cpu", torch.float32, 256, 64, 128), "auto", "reference", "not in float32"),
         (Problem("cuda", torch.bfloat16, 256, 64, 128), "auto", "reference", "not on cuda"),
-        (Problem("cpu", torch.bfloat16, 256, 24, 128), "auto", "reference", "24 outputs"),
+        (Problem("cpu", torch.bfloat16, 256, 80, 128), "auto", "reference", "80 outputs"),
     ],
 )
 def test_the_choice_and_its_reason(problem: Problem, asked: str, name: str, reason: str) -> None:

@@ -84,6 +84,15 @@ def test_what_was_quantized_once_is_not_changed_again() -> None:
     assert np.array_equal(unpack(again.qzeros), zeros)
 
 
-def test_a_group_of_one_value_is_kept_nearly() -> None:
+@pytest.mark.parametrize(("sign", "zero"), [(1, 0), (-1, 15)])
+def test_a_group_on_one_side_of_zero_uses_the_whole_range(sign: int, zero: int) -> None:
+    weight = np.tile(np.arange(32, dtype=np.float32) % 16, (8, 1)) * sign
+    packed = quantize(weight, 32)
+    assert (unpack(packed.qzeros) == zero).all()
+    assert np.array_equal(dequantize(*packed, 32).T, weight)
+
+
+def test_a_group_of_one_value_has_a_step_too() -> None:
     packed = quantize(np.zeros((8, 32), dtype=np.float32), 32)
+    assert (packed.scales > 0).all()
     assert np.array_equal(dequantize(*packed, 32), np.zeros((32, 8)))
