@@ -77,6 +77,8 @@ def __getattr__(name: str) -> Any:
         return version("lowvram-omni")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What is imported next may import torch, which must not wake torch_npu.
+    import_module("lowvram.offload").defer_npu_autoload()
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -31,7 +31,7 @@ from lowvram.tensors import (
     part_of,
     thinker_linears,
 )
-from lowvram.voices import read_voice_infos, read_voices
+from lowvram.voices import VoiceInfo, read_voice_infos, read_voices
 
 if TYPE_CHECKING:
     from lowvram.conversation import Tokenizer
@@ -137,16 +137,25 @@ class Checkpoint:
             (scratch_bytes(*shapes[name][:2]) for name in shapes if self.quantized(name)), default=0
         )
 
-    @cached_property
+    @property
     def voices(self) -> tuple[str, ...]:
         """The names of the voices, in the file's order; none where the model does not speak.
 
         Raises:
             CheckpointError: `spk_dict.pt` is missing or damaged.
         """
+        return tuple(voice.name for voice in self._voice_infos)
+
+    @property
+    def voice_frames(self) -> int:
+        """Mel frames of the longest reference recording; 0 where the model does not speak."""
+        return max((voice.frames for voice in self._voice_infos), default=0)
+
+    @cached_property
+    def _voice_infos(self) -> tuple[VoiceInfo, ...]:
         if not self.config.speaks or self.config.dit is None:
             return ()
-        return tuple(voice.name for voice in read_voice_infos(self._voice_file, self.config.dit))
+        return tuple(read_voice_infos(self._voice_file, self.config.dit))
 
     @property
     def _voice_file(self) -> Path:

@@ -63,10 +63,11 @@ class LowVRAMOmni:
             total_bytes=self._device.total_bytes(),
             free_bytes=self._device.free_bytes(),
             context_bytes=self._device.context_bytes(),
+            bfloat16=self._device.has_bfloat16(),
         )
         self._budget = decide_budget(max_memory, self._facts)
         self._device.set_limit(self._budget.budget_bytes)
-        self._dtype = resolve_dtype(dtype, checkpoint.stored_dtype, self._device.type)
+        self._dtype = resolve_dtype(dtype, checkpoint.stored_dtype, self._facts)
         self._speech = speech and checkpoint.config.speaks
         checkpoint.verify(self._speech)
         self._seed = seed

@@ -19,7 +19,6 @@ from lowvram.errors import DeviceError
 
 from . import probe
 from .budget import MIB
-from .dtypes import DtypeChoice, as_stored
 from .lane import CopyLane, StreamLane
 
 FALLBACK_CONTEXT_BYTES = 640 * MIB
@@ -122,7 +121,8 @@ class AcceleratorDevice:
         b, i = self._backend, self._index
         before = None if b.is_initialized() else self._spec.driver_free(b, i)
         b.set_device(i)
-        for dtype in {torch.float32, self.default_dtype(torch.bfloat16)[0]}:
+        wide = torch.bfloat16 if self.has_bfloat16() else torch.float16
+        for dtype in (torch.float32, wide):
             self._spec.warm_up(self.torch, dtype)
         b.synchronize(i)
         after = None if before is None else self._spec.driver_free(b, i)
@@ -166,7 +166,5 @@ class AcceleratorDevice:
     def copy_lane(self) -> CopyLane | None:
         return StreamLane(self.torch)
 
-    def default_dtype(self, stored: TorchDtype) -> DtypeChoice:
-        if stored == torch.bfloat16 and not self._spec.has_bfloat16(self._backend):
-            return torch.float16, f"stored as bfloat16, which {self.name} does not compute in"
-        return as_stored(stored)
+    def has_bfloat16(self) -> bool:
+        return self._spec.has_bfloat16(self._backend)

@@ -9,13 +9,11 @@ from typing import Protocol
 
 import torch
 from torch import device as TorchDevice
-from torch import dtype as TorchDtype
 
 from lowvram.errors import DeviceError
 
 from . import probe
 from .accelerator import ACCELERATORS, AcceleratorDevice, cuda_backend, npu_backend
-from .dtypes import DtypeChoice, as_stored
 from .host import host_memory, resident_bytes
 from .lane import CopyLane
 
@@ -64,8 +62,8 @@ class Device(Protocol):
     def copy_lane(self) -> CopyLane | None:
         """Where copies from host memory queue up; None where device memory is host memory."""
 
-    def default_dtype(self, stored: TorchDtype) -> DtypeChoice:
-        """The type to compute in for weights stored as `stored`, and why."""
+    def has_bfloat16(self) -> bool:
+        """Whether it computes in bfloat16 by itself."""
 
 
 def open_device(name: str) -> Device:
@@ -137,8 +135,8 @@ class MetaDevice:
     def copy_lane(self) -> CopyLane | None:
         return None
 
-    def default_dtype(self, stored: TorchDtype) -> DtypeChoice:
-        return as_stored(stored)
+    def has_bfloat16(self) -> bool:
+        return True
 
 
 class CpuDevice(MetaDevice):
@@ -170,8 +168,3 @@ class CpuDevice(MetaDevice):
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return
-
-    def default_dtype(self, stored: TorchDtype) -> DtypeChoice:
-        if stored == torch.float16:
-            return torch.bfloat16, "stored as float16, for which a CPU has no fast 4-bit kernel"
-        return as_stored(stored)

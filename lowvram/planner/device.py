@@ -27,7 +27,7 @@ class DeviceFacts:
 
     `free_bytes` is what this process could hold on it in all, context included; it and
     `total_bytes` are None where the device is not present. `assumed` says that the context is an
-    assumption, not a measurement.
+    assumption, not a measurement; `bfloat16` that it computes in that type by itself.
     """
 
     name: str
@@ -36,6 +36,7 @@ class DeviceFacts:
     free_bytes: int | None
     context_bytes: int
     assumed: bool = False
+    bfloat16: bool = True
 
 
 def probe_device(name: str) -> DeviceFacts:
@@ -108,15 +109,17 @@ class DtypeChoice(NamedTuple):
     reason: str
 
 
-def resolve_dtype(requested: str, stored: str, device_type: str) -> DtypeChoice:
-    """The compute type and why: as stored, but no float16 on the CPU, which is slow at it.
+def resolve_dtype(requested: str, stored: str, facts: DeviceFacts) -> DtypeChoice:
+    """The compute type and why: as stored, but none that the device is slow at or has not.
 
     Raises:
         UsageError: a type that is none of `auto`, `float32`, `bfloat16`, `float16`.
     """
     known = ("float32", "bfloat16", "float16")
     if requested == "auto":
-        if stored == "float16" and device_type == "cpu":
+        if stored == "bfloat16" and not facts.bfloat16:
+            return DtypeChoice("float16", f"stored as bfloat16, which {facts.name} has not")
+        if stored == "float16" and facts.type == "cpu":
             return DtypeChoice("bfloat16", "stored as float16, which the CPU is slow at")
         return DtypeChoice(stored, "as stored")
     if requested not in known:

@@ -7,16 +7,25 @@ All functions return bytes. No torch.
 
 from __future__ import annotations
 
-from lowvram.config import AudioConfig, BigVGANConfig, DecoderConfig, DiTConfig, VisionConfig
+from typing import TYPE_CHECKING
+
+from lowvram.config import (
+    AudioConfig,
+    BigVGANConfig,
+    DecoderConfig,
+    DiTConfig,
+    TalkerConfig,
+    VisionConfig,
+)
+
+if TYPE_CHECKING:
+    from lowvram.engine.pieces import VocodeSettings
 
 PREFILL_CHUNK = 512
 """Prompt tokens that go through all layers at once. Fixed, so that no budget changes a rounding."""
 
 ATTENTION_BLOCK = 512
 """Keys of one block of the online softmax (`KEY_BLOCK` of `models/attention.py`)."""
-
-REFERENCE_FRAMES = 1000
-"""Mel frames of a voice's reference recording at most (10 s); the published ones are shorter."""
 
 FLOAT = 4
 
@@ -74,7 +83,29 @@ def decode_bytes(config: DecoderConfig, itemsize: int) -> int:
     return config.vocab_size * (itemsize + 8 * FLOAT) + prefill_bytes(config, 1, itemsize)
 
 
-def dit_bytes(config: DiTConfig, frames: int) -> int:
+def talk_bytes(config: TalkerConfig, tokens: int, itemsize: int) -> int:
+    """One chunk through the Talker: its inputs are as wide as the Thinker's states."""
+    chunk = min(tokens, PREFILL_CHUNK)
+    entry = chunk * config.embedding_size * (2 * itemsize + FLOAT)
+    return entry + prefill_bytes(config.decoder, tokens, itemsize)
+
+
+def vocode_bytes(
+    dit: DiTConfig,
+    bigvgan: BigVGANConfig,
+    settings: VocodeSettings,
+    codes: int,
+    voice_frames: int,
+) -> int:
+    """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
+    window, frames = settings.largest_pass(codes, dit.repeats)
+    kept = _modulation_bytes(dit, settings.evaluations)
+    kept += 2 * (window + frames) * dit.mel_dim * FLOAT
+    voice = _voice_bytes(dit, voice_frames)
+    return kept + max(voice, _dit_bytes(dit, window), _bigvgan_bytes(bigvgan, frames))
+
+
+def _dit_bytes(config: DiTConfig, frames: int) -> int:
     """One velocity evaluation (both guidance branches, float32) over `frames` mel frames."""
     width = config.hidden_size
     inner = config.ff_mult * width
@@ -82,17 +113,17 @@ def dit_bytes(config: DiTConfig, frames: int) -> int:
     return 2 * frames * (2 * width + layer + config.emb_dim + 4 * config.mel_dim) * FLOAT
 
 
-def modulation_bytes(config: DiTConfig, evaluations: int) -> int:
+def _modulation_bytes(config: DiTConfig, evaluations: int) -> int:
     """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
     return evaluations * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
 
 
-def voice_bytes(config: DiTConfig) -> int:
+def _voice_bytes(config: DiTConfig, frames: int) -> int:
     """The speaker encoder over a voice's reference recording and over silence."""
-    return 2 * REFERENCE_FRAMES * 10 * max(config.enc_channels) * FLOAT
+    return 2 * frames * 10 * max(config.enc_channels) * FLOAT
 
 
-def bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
+def _bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
     """`frames` mel frames through the vocoder, float32."""
     peak, channels, length = 0, config.upsample_initial_channel, frames
     for rate in config.upsample_rates:

@@ -82,15 +82,9 @@ def request_phases(
         codes = settings.codes
         decoder = config.talker.decoder
         kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
-        work = laws.prefill_bytes(decoder, tokens + 2, size)
+        work = laws.talk_bytes(config.talker, tokens + 2, size)
         phases.append(PhaseLoad("talk", ("talker",), kv, carry=spoken, activations=work))
         pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
-        window, frames = pieces.largest_pass(codes)
-        kept = laws.modulation_bytes(config.dit, pieces.evaluations)
-        work = max(
-            kept + laws.voice_bytes(config.dit),
-            laws.dit_bytes(config.dit, window),
-            laws.bigvgan_bytes(config.bigvgan, frames),
-        )
-        phases.append(PhaseLoad("vocode", ("token2wav",), activations=kept + work))
+        work = laws.vocode_bytes(config.dit, config.bigvgan, pieces, codes, checkpoint.voice_frames)
+        phases.append(PhaseLoad("vocode", ("token2wav",), activations=work))
     return phases

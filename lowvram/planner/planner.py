@@ -73,7 +73,7 @@ def plan_request(
     """
     facts = probe_device(device)
     budget = decide_budget(max_memory, facts)
-    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts.type)
+    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts)
     return make_plan(
         checkpoint, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow
     )

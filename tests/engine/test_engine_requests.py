@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lowvram.offload import Store
 
 from lowvram import (
     AudioChunk,
@@ -20,6 +19,7 @@ from lowvram import (
     TextDelta,
     UsageError,
 )
+from lowvram.offload import Store
 from lowvram.pocket import make_checkpoint
 
 RNG = np.random.default_rng(0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lowvram.offload import Budget, format_size, guard_bytes, parse_size
 
 from lowvram.errors import UsageError
+from lowvram.offload import Budget, format_size, guard_bytes, parse_size
 
 GIB, MIB = 1 << 30, 1 << 20
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram.offload import accelerator, open_device
-from lowvram.offload import probe as probe_module
 
 from lowvram.errors import DeviceError, UsageError
+from lowvram.offload import accelerator, open_device
+from lowvram.offload import probe as probe_module
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -119,24 +119,10 @@ def test_the_limit_is_the_allocator_s_share_of_what_the_driver_sees() -> None:
     assert backend.share == 1.0
 
 
-def test_weights_are_computed_in_the_stored_type_where_the_device_has_it() -> None:
-    new, old = accelerator_on(Backend()), accelerator_on(Backend(bfloat16=False))
-    assert new.default_dtype(torch.bfloat16) == (torch.bfloat16, "as stored")
-    dtype, reason = old.default_dtype(torch.bfloat16)
-    assert dtype == torch.float16
-    assert "cuda:0 does not compute in" in reason
-    for device in (new, old):
-        assert device.default_dtype(torch.float16)[0] == torch.float16
-        assert device.default_dtype(torch.float32)[0] == torch.float32
-
-
-def test_cpu_and_meta_compute_in_these_types() -> None:
-    cpu, meta = open_device("cpu"), open_device("meta")
-    assert cpu.default_dtype(torch.float16)[0] == torch.bfloat16
-    assert cpu.default_dtype(torch.bfloat16)[0] == torch.bfloat16
-    assert cpu.default_dtype(torch.float32)[0] == torch.float32
-    assert meta.default_dtype(torch.float16)[0] == torch.float16
-    assert meta.default_dtype(torch.float64)[0] == torch.bfloat16
+def test_devices_say_whether_they_compute_in_bfloat16() -> None:
+    assert accelerator_on(Backend()).has_bfloat16()
+    assert not accelerator_on(Backend(bfloat16=False)).has_bfloat16()
+    assert open_device("cpu").has_bfloat16() and open_device("meta").has_bfloat16()
 
 
 def test_cpu_reports_the_process() -> None:

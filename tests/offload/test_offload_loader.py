@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram.offload import Loader, Meter, Part, Store, open_device
-from lowvram.offload.device import CpuDevice
-from lowvram.offload.staging import Staging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowvram.errors import CheckpointError
+from lowvram.offload import Loader, Meter, Part, Store, open_device
+from lowvram.offload.device import CpuDevice
+from lowvram.offload.staging import Staging
 
 K, N = 48, 32
 

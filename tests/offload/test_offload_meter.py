@@ -7,9 +7,10 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lowvram.offload import Device, Meter, open_device
 from lowvram.offload import meter as meter_module
-from torch import nn
 
 KIB, MIB = 1 << 10, 1 << 20
 

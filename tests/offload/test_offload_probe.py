@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import pytest
+
+from lowvram.errors import UsageError
 from lowvram.offload import default_device, devices, parse_device
 from lowvram.offload import host as host_module
 from lowvram.offload import probe as probe_module
-
-from lowvram.errors import UsageError
 
 MIB = 1 << 20
 

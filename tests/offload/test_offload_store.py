@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lowvram.offload import Store
-from lowvram.offload import store as store_module
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowvram.errors import CheckpointError
+from lowvram.offload import Store
+from lowvram.offload import store as store_module
 
 DTYPES = [
     *[torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool],

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lowvram.offload import Budget, guard_bytes
 
 from lowvram.conversation import PromptShape
 from lowvram.errors import DeviceError, UsageError
+from lowvram.offload import Budget, guard_bytes
 from lowvram.planner import (
     DeviceFacts,
     DtypeChoice,
@@ -34,6 +34,7 @@ class Published:
     stored_dtype = "float16"
     config = SPECS["Qwen2.5-Omni-7B-AWQ"].config
     packed_scratch_bytes = 2**26
+    voice_frames = 400
     generation = SimpleNamespace(max_codes=4096, max_new_tokens=None)
 
     def part_bytes(self, part: str, itemsize: int, kernel: str) -> int:
@@ -186,8 +187,9 @@ def test_an_absent_device_needs_a_number() -> None:
 
 
 def test_types() -> None:
-    assert resolve_dtype("auto", "float16", "cuda")[0] == "float16"
-    assert resolve_dtype("auto", "float16", "cpu")[0] == "bfloat16"
-    assert resolve_dtype("float32", "bfloat16", "cpu") == ("float32", "asked for")
+    assert resolve_dtype("auto", "float16", facts()).name == "float16"
+    assert resolve_dtype("auto", "float16", facts("cpu")).name == "bfloat16"
+    assert resolve_dtype("auto", "bfloat16", facts(bfloat16=False)).name == "float16"
+    assert resolve_dtype("float32", "bfloat16", facts("cpu")) == ("float32", "asked for")
     with pytest.raises(UsageError, match="float64"):
-        resolve_dtype("float64", "bfloat16", "cpu")
+        resolve_dtype("float64", "bfloat16", facts("cpu"))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+
 from lowvram.quant import GROUPS, dequantize, pack, quantize, unpack
 
 # By the description of the format: bits 4i to 4i+3 hold output [0, 2, 4, 6, 1, 3, 5, 7][i].
