@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lowvram.quant import (
     Problem,
     QuantLinear,
@@ -24,7 +26,6 @@ from lowvram.quant import (
     unpack,
 )
 from lowvram.quant.kernels import cpu, reference
-from torch import Tensor
 
 SHAPES = [(256, 64, 128), (128, 192, 64), (96, 128, 32)]
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lowvram.offload import Loader, Meter, Part, Store, open_device
-from lowvram.quant import KernelName, QuantLinear, linear_bytes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowvram.offload import Loader, Meter, Part, Store, open_device
 from lowvram.pocket import make_checkpoint
+from lowvram.quant import KernelName, QuantLinear, linear_bytes
 
 LAYER = "thinker.model.layers.2."
 LINEARS = {
