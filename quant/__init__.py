@@ -10,35 +10,64 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .awq import dense_layer, quantize_layer
     from .kernels import Kernel, Problem, select
     from .linear import QuantLinear
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
+    from .published import quantization_config
+    from .search_layer import (
+        Geometry,
+        LayerInputs,
+        LayerResult,
+        LinearReport,
+        SearchSettings,
+        Step,
+    )
     from .sizes import KernelName, linear_bytes, scratch_bytes
 
 __all__ = [
     "GROUPS",
+    "Geometry",
     "Kernel",
     "KernelName",
+    "LayerInputs",
+    "LayerResult",
+    "LinearReport",
     "Packed",
     "Problem",
     "QuantLinear",
+    "SearchSettings",
+    "Step",
     "current_phase",
+    "dense_layer",
     "dequantize",
     "kernel_phase",
     "linear_bytes",
     "pack",
+    "quantization_config",
     "quantize",
+    "quantize_layer",
     "scratch_bytes",
     "select",
     "unpack",
 ]
 
 _HOME = {
+    "awq": ("dense_layer", "quantize_layer"),
     "kernels": ("Kernel", "Problem", "select"),
     "linear": ("QuantLinear",),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
+    "published": ("quantization_config",),
+    "search_layer": (
+        "Geometry",
+        "LayerInputs",
+        "LayerResult",
+        "LinearReport",
+        "SearchSettings",
+        "Step",
+    ),
     "sizes": ("KernelName", "linear_bytes", "scratch_bytes"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
