@@ -77,8 +77,10 @@ def __getattr__(name: str) -> Any:
         return version("lowvram-omni")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lowvram.offload import defer_npu_autoload
+
     # What is imported next may import torch, which must not wake torch_npu.
-    import_module("lowvram.offload").defer_npu_autoload()
+    defer_npu_autoload()
     return getattr(import_module(_HOME[name]), name)
 
 

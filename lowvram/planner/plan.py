@@ -87,7 +87,8 @@ class Plan:
         ]
         rows: list[tuple[str, ...]] = [("phase", "peak", *OWNERS, "on the device")]
         for phase in self.phases:
-            cells = (format_size(phase.parts.get(owner, 0)) for owner in OWNERS)
+            held = (phase.parts.get(owner, 0) for owner in OWNERS)
+            cells = (format_size(nbytes) if nbytes else "-" for nbytes in held)
             rows.append(
                 (
                     phase.name,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lowvram import (
     AudioChunk,
@@ -19,7 +20,9 @@ from lowvram import (
     TextDelta,
     UsageError,
 )
+from lowvram.models.text import ThinkerText
 from lowvram.offload import Store
+from lowvram.parts import Kernel
 from lowvram.pocket import make_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -182,8 +185,6 @@ def test_closing_the_stream_stops_the_work_and_frees_the_device(omni: LowVRAMOmn
 def test_an_error_in_the_middle_reaches_the_reader_and_leaves_nothing(
     omni: LowVRAMOmni, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowvram.models.text import ThinkerText
-
     def fail(*_: Any) -> None:
         raise RuntimeError("device fell over")
 
@@ -214,6 +215,27 @@ def test_the_packed_checkpoint_answers_like_its_unpacked_twin(tmp_path: Path) ->
             results.append(omni.generate(EVERYTHING, **SHORT))
     assert results[0].tokens == results[1].tokens
     assert results[0].codes == results[1].codes
+
+
+def test_the_fast_kernel_moves_no_logit_by_more_than_its_type_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path / "packed", seed=0, awq=True)
+    seen: list[torch.Tensor] = []
+    original = ThinkerText.logits
+
+    def spy(self: ThinkerText, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(original(self, hidden))
+        return seen[-1]
+
+    monkeypatch.setattr(ThinkerText, "logits", spy)
+    kernels: tuple[Kernel, ...] = ("auto", "reference")
+    for kernel in kernels:
+        with LowVRAMOmni.from_pretrained(tmp_path / "packed", device="cpu", kernel=kernel) as omni:
+            omni.generate(WORDS, max_new_tokens=1, return_audio=False)
+    fast, exact = seen
+    assert not torch.equal(fast, exact)
+    assert (fast - exact).norm() <= 1e-2 * exact.norm()
 
 
 def test_unknown_names_are_refused_with_the_known_ones(omni: LowVRAMOmni) -> None:

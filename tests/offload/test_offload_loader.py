@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +11,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toy_part import (
+    AS_LOADED,
+    AS_PREPARED,
+    B_BYTES,
+    Grown,
+    K,
+    N,
+    Packed,
+    Toy,
+    loader_on,
+    reference,
+    toy_tensors,
+)
 
 from lowvram.errors import CheckpointError
 from lowvram.offload import Loader, Meter, Part, Store, open_device
-from lowvram.offload.device import CpuDevice
-from lowvram.offload.staging import Staging
-
-K, N = 48, 32
-
-
-class Packed(nn.Module):
-    """A linear with integer codes and 16-bit scales, whose layout is derived after each load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.empty(K, N, dtype=torch.int32))
-        self.register_buffer("scales", torch.empty(N))
-        self.stored_dtypes = {"scales": torch.float16}
-        self.loads = 0
-
-    def after_load(self) -> None:
-        self.loads += 1
-        ready = self.get_buffer("codes").to(torch.int8)
-        del self.codes
-        self.register_buffer("ready", ready, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.get_buffer("ready").to(x.dtype) * self.get_buffer("scales").to(x.dtype)
-
-
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(N, K), nn.LayerNorm(K), Packed())
-        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
-        self.extra = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + self.extra + self.get_buffer("steps").sum()
-
-
-def toy_tensors() -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    linear, norm = nn.Linear(N, K), nn.LayerNorm(K)
-    return {
-        "a.inner.0.weight": linear.weight.detach().to(torch.bfloat16),
-        "a.inner.0.bias": linear.bias.detach(),
-        "a.inner.1.weight": norm.weight.detach(),
-        "a.inner.1.bias": norm.bias.detach(),
-        "a.inner.2.codes": torch.randint(-8, 8, (K, N), dtype=torch.int32),
-        "a.inner.2.scales": torch.rand(N).to(torch.bfloat16),
-        "a.steps": torch.arange(3),
-        "a.extra": torch.tensor(0.5),
-        "b.weight": torch.randn(5, 4),
-        "b.bias": torch.randn(5),
-    }
-
-
-AS_LOADED = 4 * (N * K + K + K + K + 1) + 4 * K * N + 2 * N + 8 * 3
-AS_PREPARED = AS_LOADED - 3 * K * N  # codes are one byte then
-B_BYTES = 4 * (5 * 4 + 5)
-
-PARTS = (
-    Part("toy", "a.", Toy, torch.float32),
-    Part("small", "b.", lambda: nn.Linear(4, 5), torch.float32),
-)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    save_file(toy_tensors(), tmp_path / "model.safetensors")
-    with Store.open(tmp_path) as opened:
-        yield opened
-
-
-def loader_on(store: Store | None, name: str = "cpu") -> tuple[Loader, Meter]:
-    device = open_device(name)
-    meter = Meter(device)
-    return Loader(store, device, meter, PARTS), meter
-
-
-def reference(x: Tensor) -> Tensor:
-    t = toy_tensors()
-    y = nn.functional.linear(x, t["a.inner.0.weight"].float(), t["a.inner.0.bias"])
-    y = nn.functional.layer_norm(y, (K,), t["a.inner.1.weight"], t["a.inner.1.bias"])
-    scales = t["a.inner.2.scales"].to(torch.float16).float()
-    return y @ t["a.inner.2.codes"].float() * scales + 0.5 + 3
 
 
 def test_a_part_computes_with_the_file_s_tensors(store: Store) -> None:
@@ -321,17 +250,6 @@ class Floats(nn.Module):
         self.codes = nn.Parameter(torch.empty(K, N))
 
 
-class Grown(nn.Module):
-    """Fails after its tensors were filled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(5, 4))
-
-    def after_load(self) -> None:
-        raise torch.OutOfMemoryError("no room for a second layout")
-
-
 @pytest.mark.parametrize(
     ("part", "error", "complaint"),
     [
@@ -391,111 +309,3 @@ def test_an_allocator_s_error_passes_through_and_leaves_nothing(
     monkeypatch.undo()
     x = torch.randn(1, N)
     assert torch.allclose(loader.load("toy")(x), reference(x), atol=1e-6)
-
-
-class LateLane:
-    """Copies that run as late as they may: when a mark behind them, or the end, is waited for.
-
-    A source that is overwritten before its copy is done gives wrong bytes then, as on a device.
-    """
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[Tensor, Tensor]] = []
-        self.log: list[str] = []
-
-    def host_buffer(self, nbytes: int) -> Tensor:
-        self.log.append(f"buffer {nbytes}")
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def begin(self) -> None:
-        self.log.append("begin")
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        assert target.dtype == source.dtype
-        self.queue.append((target, source))
-
-    def mark(self) -> LateMark:
-        return LateMark(self, len(self.queue))
-
-    def run(self, count: int) -> None:
-        for target, source in self.queue[:count]:
-            target.copy_(source)
-        self.queue[:count] = [(torch.empty(0), torch.empty(0))] * count
-
-    def finish(self) -> None:
-        self.log.append("finish")
-        self.run(len(self.queue))
-
-
-class LateMark:
-    def __init__(self, lane: LateLane, count: int) -> None:
-        self.lane, self.count = lane, count
-
-    def synchronize(self) -> None:
-        self.lane.log.append("wait")
-        self.lane.run(self.count)
-
-
-class LaneDevice(CpuDevice):
-    """Host memory that is written through a lane, as an accelerator's is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lane = LateLane()
-
-    def copy_lane(self) -> LateLane:
-        return self.lane
-
-
-def test_staged_parts_are_the_same_as_read_in_place(store: Store) -> None:
-    device = LaneDevice()
-    loader = Loader(store, device, Meter(device), PARTS)
-    x = torch.randn(2, N)
-    assert torch.allclose(loader.load("toy")(x), reference(x), atol=1e-6)
-    loader.drop("toy")
-    loader.load("small")
-    assert torch.allclose(loader.load("toy")(x), reference(x), atol=1e-6)
-    assert loader.bytes_host_to_device == 2 * AS_LOADED + B_BYTES
-    log = device.lane.log
-    assert [entry for entry in log if "buffer" in entry] == ["buffer 33554432"] * 2
-    assert log[2:] == ["begin", "finish"] * 3
-
-
-@pytest.mark.parametrize("buffer_bytes", [64, 128, 256, 1024, 1 << 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_buffer_is_overwritten_before_its_copies_are_done(
-    tmp_path: Path, buffer_bytes: int, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(0)
-    shapes = [(3, 7), (1,), (129,), (), (0, 4), (40, 5), (16,)]
-    tensors = {f"t{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
-    tensors["t7"] = torch.randint(0, 99, (33,), dtype=torch.int64)
-    save_file(tensors, tmp_path / "model.safetensors")
-    lane = LateLane()
-    with Store.open(tmp_path) as store:
-        staging = Staging(store, lane, buffer_bytes)
-        wanted = {n: t if t.dtype == torch.int64 else t.to(dtype) for n, t in tensors.items()}
-        for _ in range(2):
-            filled = {n: torch.zeros_like(t) for n, t in wanted.items()}
-            staging.begin()
-            for name, out in filled.items():
-                staging.fill(name, out)
-            staging.finish()
-            assert all(torch.equal(filled[n], wanted[n]) for n in wanted)
-    assert ("wait" in lane.log) == (buffer_bytes < 1 << 20)
-
-
-def test_a_device_is_quiet_before_memory_of_a_failed_load_is_given_back(store: Store) -> None:
-    class Recorded(LaneDevice):
-        def synchronize(self) -> None:
-            self.lane.log.append(f"synchronize, {len(self.lane.queue)} queued")
-            self.lane.run(len(self.lane.queue))
-
-        def empty_cache(self) -> None:
-            self.lane.log.append("empty_cache")
-
-    device = Recorded()
-    loader = Loader(store, device, Meter(device), [Part("p", "b.", Grown, torch.float32)])
-    with pytest.raises(torch.OutOfMemoryError):
-        loader.load("p")
-    assert device.lane.log[-2:] == ["synchronize, 1 queued", "empty_cache"]
