@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 # One thread a process: the tests run in several processes, and a tiny matrix gains nothing from more.
-TEST_ENV := OMP_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST_FLAGS ?= -n auto --maxprocesses=4
 
 # Folders too, so that a removed file counts as a change.
@@ -28,7 +28,7 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
 demo: $(VENV)/.installed
-	$(BIN)/lowvram-demo --image demos/media/picture.png --audio demos/media/recording.flac \
+	$(ONE_THREAD) $(BIN)/lowvram-demo --image demos/media/picture.png --audio demos/media/recording.flac \
 	    --video demos/media/clip.mp4 -o lowvram.wav
 
 test: compiler lint types unit
@@ -40,10 +40,10 @@ lint: $(VENV)/.tested
 types: build/types.stamp
 
 unit: $(VENV)/.tested
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 oracle-5.17: $(VENV_517)/.installed
-	$(TEST_ENV) $(VENV_517)/bin/python -m pytest -m oracle $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(VENV_517)/bin/python -m pytest -m oracle $(PYTEST_FLAGS)
 
 # Types are checked on what a user gets: the wheel, with `quant/` and `offload/` inside `lowvram`.
 build/types.stamp: $(SOURCES) pyproject.toml $(VENV)/.tested
