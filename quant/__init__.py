@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .awq import dense_layer, quantize_layer
     from .kernels import Kernel, Problem, select
-    from .linear import QuantLinear
+    from .linear import QuantLinear, apply_all, join
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
     from .published import quantization_config
@@ -24,12 +24,21 @@ if TYPE_CHECKING:
         SearchSettings,
         Step,
     )
-    from .sizes import KernelName, linear_bytes, scratch_bytes
+    from .scratch import Scratch
+    from .sizes import (
+        KernelChoice,
+        KernelName,
+        linear_bytes,
+        loading_bytes,
+        preferred_kernel,
+        scratch_bytes,
+    )
 
 __all__ = [
     "GROUPS",
     "Geometry",
     "Kernel",
+    "KernelChoice",
     "KernelName",
     "LayerInputs",
     "LayerResult",
@@ -56,7 +65,7 @@ __all__ = [
 _HOME = {
     "awq": ("dense_layer", "quantize_layer"),
     "kernels": ("Kernel", "Problem", "select"),
-    "linear": ("QuantLinear",),
+    "linear": ("QuantLinear", "apply_all", "join"),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
     "published": ("quantization_config",),
@@ -68,7 +77,15 @@ _HOME = {
         "SearchSettings",
         "Step",
     ),
-    "sizes": ("KernelName", "linear_bytes", "scratch_bytes"),
+    "scratch": ("Scratch",),
+    "sizes": (
+        "KernelChoice",
+        "KernelName",
+        "linear_bytes",
+        "loading_bytes",
+        "preferred_kernel",
+        "scratch_bytes",
+    ),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -7,14 +7,17 @@ before anything is judged by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .packing import pack
+
+if TYPE_CHECKING:
+    from .search_inputs import Seen
 
 LEVELS = 15
 """The largest of the 16 values of four bits."""
@@ -83,11 +86,22 @@ class Coded:
         }
 
 
-Rounding = Callable[[Tensor, Grid], Tensor]
-"""Weights [N, K] and their grid -> integers uint8 [N, K]."""
+class Rounding(Protocol):
+    """Puts weights [N, K] onto their grid: integers uint8 [N, K].
+
+    `seen` and `columns` tell what the linear's inputs are like, for a rounding that lets one weight
+    make up for another: `seen.rows_of(columns)`, `seen.grams_of(columns)`. `seen` is None where
+    there are no inputs.
+    """
+
+    def __call__(
+        self, weight: Tensor, grid: Grid, seen: Seen | None, columns: Tensor | None, /
+    ) -> Tensor: ...
 
 
-def nearest(weight: Tensor, grid: Grid) -> Tensor:
+def nearest(
+    weight: Tensor, grid: Grid, seen: Seen | None = None, columns: Tensor | None = None
+) -> Tensor:
     """Each weight to the nearest value of its grid, whatever the others do."""
     rows, groups = grid.steps.shape
     q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -97,6 +111,20 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
         part = slice(start, start + step)
         out[part] = onto(grouped[part], Grid(grid.steps[part], grid.zeros[part]))
     return q
+
+
+def clipped_share(weight: Tensor, grid: Grid) -> float:
+    """Share of weights [N, K] that lie more than half a step outside their grid."""
+    outside = 0
+    rows, groups = grid.steps.shape
+    grouped = weight.view(rows, groups, -1)
+    step = max(_ROWS // weight.shape[1], 1)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        zeros, steps = grid.zeros[part].unsqueeze(-1), grid.steps[part].unsqueeze(-1)
+        q = (grouped[part] / steps).round_().add_(zeros)
+        outside += int(((q < 0) | (q > LEVELS)).sum())
+    return outside / weight.numel()
 
 
 def _packed(q: Tensor) -> Tensor:
