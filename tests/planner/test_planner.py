@@ -33,12 +33,15 @@ class Published:
     name = "7B"
     stored_dtype = "float16"
     config = SPECS["Qwen2.5-Omni-7B-AWQ"].config
-    packed_scratch_bytes = 2**26
+    packed = True
     voice_frames = 400
     generation = SimpleNamespace(max_codes=4096, max_new_tokens=None)
 
     def part_bytes(self, part: str, itemsize: int, kernel: str) -> int:
         return int(MODULE_GIB[part] * GIB)
+
+    def packed_workspace_bytes(self, kernel: str) -> int:
+        return 2**26
 
 
 VIDEO = PromptShape(tokens=11_715, next_position=500, grids=((15, 36, 64),), audio_frames=(1500,))
