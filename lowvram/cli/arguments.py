@@ -55,7 +55,7 @@ def build_parser(verb: str) -> Parser:
         epilog=f"Without a verb, {PROGRAM} runs one request: {PROGRAM} run --help shows its flags.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", required=True)
     for name, text in VERBS.items():
         one = verbs.add_parser(name, help=text, description=_sentence(text), allow_abbrev=False)
@@ -121,13 +121,13 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     _add_model(group)
     group.add_argument(
         "--device",
-        type=_device,
+        type=device_of,
         default="auto",
         help="auto, cpu, cuda[:N], npu[:N] or meta (default: auto)",
     )
     group.add_argument(
         "--max-memory",
-        type=_size,
+        type=size_of,
         metavar="SIZE",
         help="the most device memory to use, as in 8GiB (default: what is free)",
     )
@@ -187,7 +187,7 @@ def _add_reply(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=_seed,
+        type=seed_of,
         default=reply.seed,
         metavar="N",
         help="the same seed gives the same words and the same sound (default: %(default)s)",
@@ -235,7 +235,7 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help=text)
 
 
-def _size(text: str) -> int:
+def size_of(text: str) -> int:
     from lowvram.offload import parse_size
 
     try:
@@ -244,7 +244,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _device(text: str) -> str:
+def device_of(text: str) -> str:
     from lowvram.offload import parse_device
 
     if text != "auto":
@@ -265,14 +265,14 @@ def _number(text: str) -> float:
 _number.__name__ = "number"  # what argparse calls the type in "invalid number value: 'x'"
 
 
-def _seed(text: str) -> int:
+def seed_of(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"wanted 0 to 2**63 - 1, got {text!r}")
     return value
 
 
-_seed.__name__ = "int"
+seed_of.__name__ = "int"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -283,7 +283,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _version() -> str:
+def version() -> str:
     from lowvram import __version__
 
     return __version__

@@ -25,30 +25,41 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    return command(
+        PROGRAM,
+        lambda: parse(sys.argv[1:] if argv is None else argv),
+        lambda args, console: _verb(args.verb)(args, console),
+    )
+
+
+def command(
+    program: str, read: Callable[[], Namespace], work: Callable[[Namespace, Console], int]
+) -> int:
+    """Read flags and do the work; every failure is one line and an exit code."""
     verbose = 0
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = read()
         verbose = args.verbose
         console = Console.for_flags(args)
         with library_output(console, everything=verbose > 1), _termination():
-            code = _verb(args.verb)(args, console)
+            code = work(args, console)
             sys.stdout.flush()
             return code
     except SystemExit as leaving:  # --help and --version
         return int(leaving.code or 0)
     except KeyboardInterrupt as stopped:
-        print(f"{PROGRAM}: interrupted{_detail(stopped)}", file=sys.stderr)
+        print(f"{program}: interrupted{_detail(stopped)}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout has left; keep the interpreter from flushing to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail("standard output was closed before the reply was complete")
+        fail("standard output was closed before the reply was complete", program)
         return 1
     except Exception as error:
-        return _failed(error, verbose)
+        return _failed(error, verbose, program)
 
 
 def _verb(name: str) -> Callable[[Namespace, Console], int]:
@@ -57,19 +68,21 @@ def _verb(name: str) -> Callable[[Namespace, Console], int]:
     return function
 
 
-def _failed(error: Exception, verbose: int) -> int:
+def _failed(error: Exception, verbose: int, program: str) -> int:
     if isinstance(error, LowVRAMError):
-        fail(error)
+        fail(error, program)
         return error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        fail(f"the package {error.name} is not installed; {PROGRAM} doctor says how to get it")
+        line = f"the package {error.name} is not installed; {PROGRAM} doctor says how to get it"
+        fail(line, program)
         return 1
     if isinstance(error, OSError) and error.strerror:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        fail(line, program)
         return 1
     if verbose > 1:
         traceback.print_exception(error)
-    fail(f"unexpected {type(error).__name__}: {error} (-vv shows where it came from)")
+    fail(f"unexpected {type(error).__name__}: {error} (-vv shows where it came from)", program)
     return 1
 
 

@@ -112,9 +112,9 @@ class Console:
             self._line_open = False
 
 
-def fail(message: object) -> None:
+def fail(message: object, program: str = PROGRAM) -> None:
     """The one line of a failure."""
-    print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def one_line(message: object) -> str:
