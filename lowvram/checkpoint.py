@@ -18,7 +18,7 @@ from lowvram import hub, pocket
 from lowvram.config import OmniConfig, QuantConfig
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.offload import Store
-from lowvram.quant import KernelName, linear_bytes, scratch_bytes
+from lowvram.quant import KernelName, linear_bytes, loading_bytes, scratch_bytes
 from lowvram.specs import POCKET, SPECS, find_spec
 from lowvram.tensors import (
     EMBED_NAME,
@@ -129,12 +129,26 @@ class Checkpoint:
                 total += math.prod(shape) * size
         return total
 
-    @cached_property
-    def packed_scratch_bytes(self) -> int:
-        """Bytes that computing with the packed linears takes besides them; 0 where none is."""
-        shapes = thinker_linears(self.config.thinker)
+    @property
+    def packed(self) -> bool:
+        """Whether linears of the text model are packed."""
+        return bool(self._packed)
+
+    def packed_workspace_bytes(self, kernel: KernelName) -> int:
+        """Bytes that loading the packed linears and computing with them takes besides them, at
+        most; 0 where none is packed."""
+        group = self.config.quant.group_size if self.config.quant else 1
+        joined: dict[tuple[str, int], int] = {}  # those of one block and input may be joined
+        for name, (inputs, outputs, _) in thinker_linears(self.config.thinker).items():
+            if self.quantized(name):
+                block = name.rpartition(".")[0], inputs
+                joined[block] = joined.get(block, 0) + outputs
         return max(
-            (scratch_bytes(*shapes[name][:2]) for name in shapes if self.quantized(name)), default=0
+            (
+                max(scratch_bytes(i, o, kernel), loading_bytes(i, o, group, kernel))
+                for (_, i), o in joined.items()
+            ),
+            default=0,
         )
 
     @property

@@ -30,6 +30,7 @@ from lowvram.planner import (
     make_plan,
     resolve_dtype,
 )
+from lowvram.quant import Scratch
 from lowvram.report import Report, phase_rows
 from lowvram.settings import GenerationSettings
 
@@ -67,19 +68,27 @@ class LowVRAMOmni:
         )
         self._budget = decide_budget(max_memory, self._facts)
         self._device.set_limit(self._budget.budget_bytes)
-        self._dtype = resolve_dtype(dtype, checkpoint.stored_dtype, self._facts)
+        self._dtype = resolve_dtype(
+            dtype, checkpoint.stored_dtype, self._facts, packed=checkpoint.packed
+        )
+        self._kernel = kernel
         self._speech = speech and checkpoint.config.speaks
         checkpoint.verify(self._speech)
         self._seed = seed
         self._allow = tuple(allow)
         self._meter = Meter(self._device)
+        self._scratch = self._meter_scratch()
         self._tokenizer = checkpoint.tokenizer()
         self._loader = Loader(
             checkpoint.store,
             self._device,
             self._meter,
             build_parts(
-                checkpoint, getattr(torch, self._dtype.name), speech=self._speech, kernel=kernel
+                checkpoint,
+                getattr(torch, self._dtype.name),
+                speech=self._speech,
+                kernel=kernel,
+                scratch=self._scratch,
             ),
         )
         self._voices: dict[str, Voice] = {}
@@ -187,6 +196,7 @@ class LowVRAMOmni:
                 meter=self._meter,
                 plan=plan,
                 dtype=getattr(torch, plan.dtype),
+                scratch=self._scratch,
             ),
             checkpoint=self.checkpoint,
             tokenizer=self._tokenizer,
@@ -264,7 +274,20 @@ class LowVRAMOmni:
             dtype=self._dtype,
             allow=self._allow,
             on_device=frozenset(self._loader.resident()),
+            kernel=self._kernel,
         )
+
+    def _meter_scratch(self) -> Scratch:
+        """One place for weights to be de-quantized into, counted as workspace while it is there."""
+        owner, key = "workspace", "de-quantized weights"
+
+        def told(buffer: torch.Tensor | None) -> None:
+            if buffer is None:
+                self._meter.release(owner, key)
+            else:
+                self._meter.hold(owner, key, buffer.nbytes, [buffer])
+
+        return Scratch(told)
 
     def _voice(self, name: str | None) -> Voice:
         if not self._voices:

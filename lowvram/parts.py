@@ -16,22 +16,27 @@ from lowvram.models.text import ThinkerText
 from lowvram.models.token2wav import Token2Wav
 from lowvram.models.vision import VisionTower
 from lowvram.offload import Part, torch_dtype
-from lowvram.quant import QuantLinear
+from lowvram.quant import QuantLinear, Scratch
 
 Kernel = Literal["auto", "reference"]
 
 
 def build_parts(
-    checkpoint: Checkpoint, dtype: torch.dtype, *, speech: bool, kernel: Kernel
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    speech: bool,
+    kernel: Kernel,
+    scratch: Scratch | None = None,
 ) -> list[Part]:
     """Every module a request may need, in the order of the phases.
 
     Token2wav is float32 whatever `dtype` says: its authors state that 16 bits are audible
     (QwenLM/Qwen2.5-Omni#90). Without `speech` the Talker and the vocoder are not even named, so
-    nothing can read them.
+    nothing can read them. Packed linears share `scratch`, or one of their own.
     """
     config = checkpoint.config
-    linear = linear_factory(checkpoint, dtype, kernel)
+    linear = linear_factory(checkpoint, dtype, kernel, scratch or Scratch())
     thinker = config.thinker
     parts = [
         Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
@@ -46,7 +51,9 @@ def build_parts(
     return parts
 
 
-def linear_factory(checkpoint: Checkpoint, dtype: torch.dtype, kernel: Kernel) -> LinearFactory:
+def linear_factory(
+    checkpoint: Checkpoint, dtype: torch.dtype, kernel: Kernel, scratch: Scratch
+) -> LinearFactory:
     """Dense or packed, linear by linear, by what the file holds.
 
     The list of modules that a checkpoint's own config says are not converted is incomplete in the
@@ -65,6 +72,7 @@ def linear_factory(checkpoint: Checkpoint, dtype: torch.dtype, kernel: Kernel) -
             dtype=dtype,
             scales_dtype=torch_dtype(checkpoint.store.info(f"{name}.scales")),
             kernel=kernel,
+            scratch=scratch,
         )
 
     return build

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
     from .published import quantization_config
+    from .scratch import Scratch
     from .search_layer import (
         Geometry,
         LayerInputs,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         SearchSettings,
         Step,
     )
-    from .scratch import Scratch
     from .sizes import (
         KernelChoice,
         KernelName,
@@ -46,14 +46,19 @@ __all__ = [
     "Packed",
     "Problem",
     "QuantLinear",
+    "Scratch",
     "SearchSettings",
     "Step",
+    "apply_all",
     "current_phase",
     "dense_layer",
     "dequantize",
+    "join",
     "kernel_phase",
     "linear_bytes",
+    "loading_bytes",
     "pack",
+    "preferred_kernel",
     "quantization_config",
     "quantize",
     "quantize_layer",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from .kernels import Asked, Kernel, Problem, select
+from .kernels import Kernel, Problem, select
 from .phase import current_phase
+from .scratch import Scratch
+from .sizes import Asked
 
 _STORED = ("qweight", "qzeros", "scales")
 
@@ -22,9 +26,12 @@ class QuantLinear(nn.Module):
         dtype: the type activations will have.
         scales_dtype: float16 or bfloat16, as stored; they keep it, so that nothing is rounded.
         kernel: "auto", or "reference" for the exact one.
+        scratch: what weights are de-quantized into, shared by as many linears as there are; one of
+            its own by default.
 
     `after_load()` chooses the kernel and brings the stored tensors into its layout, in their
-    place: there is one copy of the weights. Without it the reference kernel is used.
+    place: there is one copy of the weights. Without it the reference kernel is used. Where nothing
+    is left to do it does nothing.
     """
 
     qweight: Tensor
@@ -42,6 +49,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         scales_dtype: torch.dtype = torch.float16,
         kernel: Asked = "auto",
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__()
         if in_features % group_size or out_features % 8:
@@ -51,6 +59,7 @@ class QuantLinear(nn.Module):
             )
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.dtype, self.asked = group_size, dtype, kernel
+        self.scratch = Scratch() if scratch is None else scratch
         groups, words = in_features // group_size, out_features // 8
         self.register_buffer("qweight", torch.empty(in_features, words, dtype=torch.int32))
         self.register_buffer("qzeros", torch.empty(groups, words, dtype=torch.int32))
@@ -61,8 +70,10 @@ class QuantLinear(nn.Module):
             "qzeros": torch.int32,
             "scales": scales_dtype,
         }
-        self.kernel = select(Problem("meta", dtype, in_features, out_features, group_size))
+        self.kernel = self.choose("meta")
         self._held: tuple[str, ...] = _STORED
+        self.joined: tuple[int, ...] = ()
+        """Outputs of each of the linears that this one computes, itself first; empty if alone."""
 
     def choose(self, device: str) -> Kernel:
         """The kernel for this linear on a device of that type, and the reason for it."""
@@ -71,6 +82,9 @@ class QuantLinear(nn.Module):
 
     def after_load(self) -> None:
         """Choose the kernel for where the tensors now are, and give it its layout."""
+        if "qweight" not in self._buffers:
+            return
+        self.joined = ()
         qweight, qzeros, scales = (self.get_buffer(name) for name in _STORED)
         self.kernel = self.choose(qweight.device.type)
         held = self.kernel.prepare(qweight, qzeros, scales, self.group_size)
@@ -81,12 +95,53 @@ class QuantLinear(nn.Module):
         self._held = tuple(held)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K], of the type given at the start -> [..., N]."""
+        """x [..., K], of the type given at the start -> [..., N]; the outputs of all that are
+        joined to this one, side by side."""
         held = {name: self.get_buffer(name) for name in self._held}
         rows = x.reshape(-1, self.in_features)
-        out = self.kernel.run(rows, held, self.bias, self.group_size, current_phase())
-        return out.view(*x.shape[:-1], self.out_features)
+        out = self.kernel.run(rows, held, self.bias, self.group_size, current_phase(), self.scratch)
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    def absorb(self, others: Sequence[QuantLinear]) -> None:
+        """Take over the prepared weights of linears of the same input, so that one product
+        computes all. They are left without any and can no longer be called by themselves."""
+        linears = (self, *others)
+        for name, axis in self.kernel.joins.items():
+            parts = [linear.get_buffer(name) for linear in linears]
+            self._buffers[name] = torch.cat(parts, dim=axis)
+            for other in others:
+                del other._buffers[name]
+        if self.bias is not None:
+            self.bias = torch.cat([linear.get_buffer("bias") for linear in linears])
+            for other in others:
+                other.bias = None
+        self.joined = tuple(linear.out_features for linear in linears)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, {bias=}, group={self.group_size}"
+
+
+def join(linears: Sequence[nn.Module]) -> None:
+    """Have the first of several linears of one input compute all of them, where they are packed
+    and their kernel gains from that. For an `after_load` of the module that owns them; parameters
+    keep their names in the checkpoint, for they are joined only once they are loaded."""
+    packed = [linear for linear in linears if isinstance(linear, QuantLinear)]
+    for linear in packed:
+        linear.after_load()
+    first = packed[0] if packed else None
+    if first is None or len(packed) < len(linears) or first.joined:
+        return
+    kinds = {(one.kernel.name, one.group_size, one.bias is None) for one in packed}
+    if len(kinds) == 1 and first.kernel.joins:
+        first.absorb(packed[1:])
+
+
+def apply_all(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of several linears of one input [..., K]; those of joined ones are views of one
+    tensor."""
+    first = linears[0]
+    if isinstance(first, QuantLinear) and first.joined:
+        out: Tensor = first(x)
+        return out.split(first.joined, dim=-1)
+    return [linear(x) for linear in linears]

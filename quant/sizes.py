@@ -1,29 +1,73 @@
-"""Bytes that one 4-bit linear takes. Pure arithmetic, for planning without torch."""
+"""Bytes that 4-bit linears take, and the kernel they get: arithmetic, to plan without torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-KernelName = Literal["reference", "cpu"]
+KernelName = Literal["reference", "cpu", "tinygemm"]
+Asked = Literal["auto", "reference"]
 
-PIECE_WEIGHTS = 1 << 22
-"""Weights de-quantized at a time: 16 MiB in float32, and as much again while unpacking."""
+PIECE_WEIGHTS: dict[KernelName, int] = {
+    "reference": 1 << 22,
+    "cpu": 1 << 21,
+    "tinygemm": 1 << 22,
+}
+"""Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied."""
+
+TAKEN_PER_WEIGHT: dict[KernelName, int] = {"reference": 9, "cpu": 3, "tinygemm": 7}
+"""Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too."""
+
+
+class KernelChoice(NamedTuple):
+    """The kernel for packed linears by name, and why, in words for the plan."""
+
+    name: KernelName
+    reason: str
+
+
+def preferred_kernel(device: str, dtype: str, asked: Asked = "auto") -> KernelChoice:
+    """The kernel for a type of device and of activations (`cuda`, `bfloat16`).
+
+    A machine on which it turns out to be missing falls back to the reference.
+    """
+    if asked == "reference":
+        return KernelChoice("reference", "asked for")
+    if dtype != "bfloat16":
+        return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
+    if device == "cpu":
+        return KernelChoice(
+            "cpu", "bfloat16 on the CPU: 4-bit product to decode, 16-bit to prefill"
+        )
+    if device == "cuda":
+        return KernelChoice("tinygemm", "bfloat16 on CUDA: tinygemm to decode, cuBLAS to prefill")
+    return KernelChoice("reference", f"there is no 4-bit product on {device}")
 
 
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:
     """Bytes held by the weights of a linear (its bias aside) once it is ready for `kernel`.
 
-    `reference` keeps what the file holds: 4-bit weights and zero points, 16-bit scales. `cpu`
-    keeps the weights in its own order and, for every group, a 16-bit scale and a 16-bit offset.
+    `reference` keeps what the file holds: 4-bit weights and zero points, 16-bit scales. The others
+    keep the weights in their own order and, for every group, a 16-bit scale and a 16-bit offset.
     """
     groups = inputs // group
     weights = inputs * outputs // 2
-    if kernel == "cpu":
-        return weights + groups * outputs * 4
-    return weights + groups * outputs // 2 + groups * outputs * 2
+    if kernel == "reference":
+        return weights + groups * outputs // 2 + groups * outputs * 2
+    return weights + groups * outputs * 4
 
 
-def scratch_bytes(inputs: int, outputs: int) -> int:
-    """Bytes that a linear takes besides its weights and its result, in any kernel and phase: one
-    piece of at most `PIECE_WEIGHTS`, or one column, four times over at 32 bits."""
-    return 16 * max(min(PIECE_WEIGHTS, inputs * outputs), inputs * 8)
+def scratch_bytes(inputs: int, outputs: int, kernel: KernelName = "reference") -> int:
+    """Bytes that a linear takes besides its weights and its result, in any phase: what it needs to
+    de-quantize one piece, or the fewest columns there can be."""
+    piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
+    return TAKEN_PER_WEIGHT[kernel] * piece + 4096
+
+
+def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
+    """Bytes that bringing a linear (or several, joined) into the kernel's layout takes, at most,
+    besides what is read from the file: the new layout, and one piece on its way there."""
+    if kernel == "reference":
+        return 0
+    piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
+    zeros = 32 * (inputs // group) * outputs
+    return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -14,13 +14,15 @@ from lowvram.config import DecoderConfig
 from lowvram.models.kv_cache import KVCache
 from lowvram.offload import Device, Loader, Meter, Store
 from lowvram.planner.plan import Plan
+from lowvram.quant import Scratch
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
 class Context:
-    """One request's view of the device. `dtype` is the compute type of everything but token2wav."""
+    """One request's view of the device. `dtype` is the compute type of everything but token2wav;
+    `scratch` is what packed weights are de-quantized into, and is given back after every phase."""
 
     device: Device
     store: Store
@@ -28,6 +30,7 @@ class Context:
     meter: Meter
     plan: Plan
     dtype: torch.dtype
+    scratch: Scratch = field(default_factory=Scratch)
 
     @contextmanager
     def phase(self, name: str, *, stepwise: bool = False) -> Iterator[None]:
@@ -38,7 +41,10 @@ class Context:
         """
         row = next(row.name for row in self.plan.phases if name in row.name.split("+"))
         with self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
-            yield
+            try:
+                yield
+            finally:
+                self.scratch.free()
 
     @contextmanager
     def use(self, part: str, kind: type[M]) -> Iterator[M]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowvram.models.linear import LinearFactory
+from lowvram.quant import apply_all, join
 
 
 class RMSNorm(nn.Module):
@@ -35,7 +36,11 @@ class GatedMLP(nn.Module):
         self.down_proj = linear(f"{name}.down_proj", hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        gate, up = apply_all((self.gate_proj, self.up_proj), x)
         # In place: the two [..., hidden] tensors are the peak of a decoder layer.
-        gate: Tensor = F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))
-        out: Tensor = self.down_proj(gate)
+        out: Tensor = self.down_proj(F.silu(gate, inplace=True).mul_(up))
         return out
+
+    def after_load(self) -> None:
+        """Packed linears that read the same become one."""
+        join((self.gate_proj, self.up_proj))

@@ -11,6 +11,7 @@ from lowvram.models.kv_cache import KVCache
 from lowvram.models.layers import GatedMLP, RMSNorm
 from lowvram.models.linear import LinearFactory
 from lowvram.models.rope import Rope, mrope, rotate
+from lowvram.quant import apply_all, join
 
 
 class SelfAttention(nn.Module):
@@ -27,13 +28,18 @@ class SelfAttention(nn.Module):
         self.o_proj = linear(f"{name}.o_proj", inner, config.hidden_size, False)
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache, index: int, start: int) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), rope).transpose(1, 2)
-        k = rotate(self._heads(self.k_proj(x)), rope).transpose(1, 2)
-        v = self._heads(self.v_proj(x)).transpose(1, 2)
+        projected = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (self._heads(one) for one in projected)
+        q, k = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2)
+        v = v.transpose(1, 2)
         keys, values = cache.write(index, start, k, v)
         mixed = attention(q, keys, values, causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def after_load(self) -> None:
+        """Packed linears that read the same become one."""
+        join((self.q_proj, self.k_proj, self.v_proj))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

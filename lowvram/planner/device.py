@@ -109,8 +109,12 @@ class DtypeChoice(NamedTuple):
     reason: str
 
 
-def resolve_dtype(requested: str, stored: str, facts: DeviceFacts) -> DtypeChoice:
+def resolve_dtype(
+    requested: str, stored: str, facts: DeviceFacts, *, packed: bool = False
+) -> DtypeChoice:
     """The compute type and why: as stored, but none that the device is slow at or has not.
+
+    `packed` says that the checkpoint has 4-bit weights.
 
     Raises:
         UsageError: a type that is none of `auto`, `float32`, `bfloat16`, `float16`.
@@ -121,6 +125,10 @@ def resolve_dtype(requested: str, stored: str, facts: DeviceFacts) -> DtypeChoic
             return DtypeChoice("float16", f"stored as bfloat16, which {facts.name} has not")
         if stored == "float16" and facts.type == "cpu":
             return DtypeChoice("bfloat16", "stored as float16, which the CPU is slow at")
+        if packed and stored == "float16" and facts.type == "cuda" and facts.bfloat16:
+            return DtypeChoice(
+                "bfloat16", "stored as float16, which CUDA's 4-bit product is not in"
+            )
         return DtypeChoice(stored, "as stored")
     if requested not in known:
         raise UsageError(f"unknown dtype {requested!r}; wanted auto, {', '.join(known)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
+from lowvram.quant import KernelName
 from lowvram.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -45,12 +46,13 @@ def request_phases(
     settings: GenerationSettings,
     *,
     dtype: str,
+    kernel: KernelName,
     host_is_device: bool,
 ) -> list[PhaseLoad]:
     """The phases of one request, in order.
 
     `host_is_device`: on the CPU the prompt's embeddings and states count against the budget; else
-    they wait on the host and cost the device nothing.
+    they wait on the host and cost the device nothing. `kernel` is that of packed linears.
     """
     config = checkpoint.config
     text = config.thinker.text
@@ -74,7 +76,7 @@ def request_phases(
         phases.append(PhaseLoad("audio", ("audio",), carry=prompt + states, activations=work))
     kv = laws.kv_bytes(text, tokens + reply, size)
     work = laws.prefill_bytes(text, tokens, size)
-    scratch = checkpoint.packed_scratch_bytes
+    scratch = checkpoint.packed_workspace_bytes(kernel)
     phases.append(PhaseLoad("prefill", ("text",), kv, scratch, prompt + states, work))
     work = laws.decode_bytes(text, size)
     phases.append(PhaseLoad("decode", ("text",), kv, scratch, prompt + states, work))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lowvram.conversation import PromptShape, check_window
 from lowvram.errors import UsageError
@@ -23,7 +23,7 @@ from lowvram.planner.device import (
 )
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
-from lowvram.quant import KernelName
+from lowvram.quant import preferred_kernel
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -73,7 +73,7 @@ def plan_request(
     """
     facts = probe_device(device)
     budget = decide_budget(max_memory, facts)
-    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts)
+    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts, packed=checkpoint.packed)
     return make_plan(
         checkpoint, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow
     )
@@ -89,9 +89,11 @@ def make_plan(
     dtype: DtypeChoice,
     allow: Sequence[str] = (),
     on_device: frozenset[str] = frozenset(),
+    kernel: Literal["auto", "reference"] = "auto",
 ) -> Plan:
     """The plan for a request within `budget`; `fits` is False where none does.
 
+    `kernel`: `reference` plans for packed linears that are computed by de-quantizing, everywhere.
     `on_device` are the modules that an earlier request left there; the plan keeps those that this
     one does not use, as far as they fit.
     """
@@ -99,15 +101,20 @@ def make_plan(
     settings = settings.completed(checkpoint.generation)
     text = checkpoint.config.thinker.text
     check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
-    packed: KernelName = "cpu" if (facts.type, dtype.name) == ("cpu", "bfloat16") else "reference"
+    packed = preferred_kernel(facts.type, dtype.name, kernel)
     weights: dict[str, int] = {
-        m: checkpoint.part_bytes(m, ITEMSIZE[dtype.name], packed) for m in MODULES
+        m: checkpoint.part_bytes(m, ITEMSIZE[dtype.name], packed.name) for m in MODULES
     }
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         on_host = facts.type == "cpu"
         phases = request_phases(
-            checkpoint, shape, changed, dtype=dtype.name, host_is_device=on_host
+            checkpoint,
+            shape,
+            changed,
+            dtype=dtype.name,
+            kernel=packed.name,
+            host_is_device=on_host,
         )
         return list(_choices(phases, weights, facts, on_device))
 
@@ -142,6 +149,7 @@ def make_plan(
         reasons=(
             *_reasons(best, used, weights, facts, budget, minimum, allow),
             f"{dtype.name}: {dtype.reason}",
+            *([f"packed linears, {packed.name}: {packed.reason}"] if checkpoint.packed else []),
         ),
         knobs={knob: size for knob, size in knobs.items() if size < minimum},
     )

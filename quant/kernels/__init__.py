@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..phase import Phase
-
-Asked = Literal["auto", "reference"]
+from ..scratch import Scratch
+from ..sizes import Asked, KernelName, preferred_kernel
 
 
 @dataclass(frozen=True)
@@ -31,26 +30,31 @@ class Kernel:
     """The kernel chosen for a problem, and why, in words for the plan.
 
     `prepare(qweight, qzeros, scales, group)` makes the tensors that are held;
-    `run(x, held, bias, group, phase)` multiplies x [M, K] by the weights and adds the bias.
+    `run(x, held, bias, group, phase, scratch)` multiplies x [M, K] by the weights and adds the
+    bias; `joins` gives, for every held tensor, the axis along which several linears of one input
+    lie side by side as one, and is empty where there is nothing to gain from that.
     """
 
-    name: str
+    name: KernelName
     reason: str
     prepare: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
-    run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase], Tensor]
+    run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
+    joins: dict[str, int]
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import cpu, reference
+    from . import cpu, reference, tinygemm
 
-    if asked == "reference":
-        return _kernel(reference, "asked for")
-    refused = cpu.refusal(problem)
-    if refused is None:
-        return _kernel(cpu, "bfloat16 on the CPU: 4-bit product to decode, 16-bit to prefill")
-    return _kernel(reference, f"the cpu kernel cannot: {refused}")
-
-
-def _kernel(module: ModuleType, reason: str) -> Kernel:
-    return Kernel(module.NAME, reason, module.prepare, module.run)
+    modules: dict[KernelName, ModuleType] = {
+        "cpu": cpu,
+        "tinygemm": tinygemm,
+        "reference": reference,
+    }
+    dtype = str(problem.dtype).removeprefix("torch.")
+    name, reason = preferred_kernel(problem.device, dtype, asked)
+    refused = modules[name].refusal(problem)
+    if refused is not None:
+        name, reason = "reference", f"the {name} kernel cannot: {refused}"
+    module = modules[name]
+    return Kernel(name, reason, module.prepare, module.run, module.JOINS)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from ..phase import Phase
+from ..scratch import Scratch
+from ..sizes import PIECE_WEIGHTS
 from . import Problem
-from .reference import by_pieces, piece_columns, unpack
+from .pieces import by_pieces, piece_columns, scales_and_offsets
+from .reference import unpack
 
-NAME = "cpu"
+JOINS = {"packed": 0, "scales_and_offsets": 1}
 
 _PROBE_ROWS, _PROBE_INPUTS = 128, 16
 
@@ -36,10 +39,6 @@ class Order:
 
 def refusal(problem: Problem) -> str | None:
     """Why this kernel cannot do `problem`; None if it can."""
-    if problem.device != "cpu":
-        return f"it runs on the CPU, not on {problem.device}"
-    if problem.dtype != torch.bfloat16:
-        return f"it computes in bfloat16, not in {str(problem.dtype).removeprefix('torch.')}"
     order = aten_order()
     if order is None:
         return "this build of torch has no 4-bit product, or orders its weights in an unknown way"
@@ -52,17 +51,20 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict
     """Stored tensors -> uint8 [N, K/2] in aten's order, bfloat16 [K/g, N, 2] of scale, offset."""
     inputs, outputs = qweight.shape[0], scales.shape[1]
     packed = qweight.new_empty(outputs, inputs // 2, dtype=torch.uint8)
-    step = piece_columns(inputs, _order().block)
+    step = piece_columns(PIECE_WEIGHTS["cpu"], inputs, _order().block)
     for start in range(0, outputs, step):
         stop = min(start + step, outputs)
         packed[start:stop] = _repack(qweight[:, start // 8 : stop // 8])
-    offsets = (8 - unpack(qzeros)).float() * scales.float()
-    pairs = torch.stack((scales.float(), offsets), dim=-1).to(torch.bfloat16)
-    return {"packed": packed, "scales_and_offsets": pairs}
+    return {"packed": packed, "scales_and_offsets": scales_and_offsets(unpack(qzeros), scales)}
 
 
 def run(
-    x: Tensor, held: dict[str, Tensor], bias: Tensor | None, group: int, phase: Phase
+    x: Tensor,
+    held: dict[str, Tensor],
+    bias: Tensor | None,
+    group: int,
+    phase: Phase,
+    scratch: Scratch,
 ) -> Tensor:
     """x bfloat16 [M, K] -> bfloat16 [M, N]."""
     packed, pairs = held["packed"], held["scales_and_offsets"]
@@ -71,9 +73,10 @@ def run(
         return product if bias is None else product.add_(bias)
 
     def weights(columns: slice) -> Tensor:
-        return _dequantize(packed[columns], pairs[:, columns], group)
+        return _dequantize(packed[columns], pairs[:, columns], group, scratch)
 
-    return by_pieces(x, packed.shape[0], _order().block, weights, bias)
+    step = piece_columns(PIECE_WEIGHTS["cpu"], x.shape[1], _order().block)
+    return by_pieces(x, packed.shape[0], step, weights, bias)
 
 
 @cache
@@ -142,13 +145,18 @@ def _spread(nibbles: Tensor) -> Tensor:
     return (bytes_apart | bytes_apart << 4) & 0x0F0F0F0F
 
 
-def _dequantize(packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+def _dequantize(packed: Tensor, pairs: Tensor, group: int, scratch: Scratch) -> Tensor:
     """Some outputs of the prepared weights -> bfloat16 [K, n]."""
     order, outputs, inputs = _order(), packed.shape[0], packed.shape[1] * 2
-    pieces = packed.view(-1, inputs, order.block // 2).transpose(0, 1)
-    weights = pairs.new_empty(inputs, outputs // order.block, order.block)
-    weights[..., order.low] = pieces & 15
-    weights[..., order.high] = pieces >> 4
+    blocks, half = outputs // order.block, order.block // 2
+    weights, nibbles = scratch.take(
+        packed.device,
+        ((inputs, blocks, order.block), torch.bfloat16),
+        ((inputs, blocks, half), torch.uint8),
+    )
+    pieces = packed.view(blocks, inputs, half).transpose(0, 1)
+    weights[..., order.low] = torch.bitwise_and(pieces, 15, out=nibbles)
+    weights[..., order.high] = torch.bitwise_right_shift(pieces, 4, out=nibbles)
     grouped = weights.view(inputs // group, group, outputs).sub_(8)
     # Neighbours in memory, or the product is not vectorized.
     scale, offset = pairs.permute(2, 0, 1).contiguous().unsqueeze(2)

@@ -7,16 +7,16 @@ rounds that to the type of the activations, and multiplies in that type: exactly
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..phase import Phase
+from ..scratch import Scratch
 from ..sizes import PIECE_WEIGHTS
 from . import Problem
+from .pieces import by_pieces, piece_columns
 
-NAME = "reference"
+JOINS: dict[str, int] = {}
 
 
 def refusal(problem: Problem) -> str | None:
@@ -30,55 +30,60 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict
 
 
 def run(
-    x: Tensor, held: dict[str, Tensor], bias: Tensor | None, group: int, phase: Phase
+    x: Tensor,
+    held: dict[str, Tensor],
+    bias: Tensor | None,
+    group: int,
+    phase: Phase,
+    scratch: Scratch,
 ) -> Tensor:
     """x [M, K] -> [M, N], in the type of x."""
     qweight, qzeros, scales = held["qweight"], held["qzeros"], held["scales"]
 
     def weights(columns: slice) -> Tensor:
         packed = slice(columns.start // 8, columns.stop // 8)
-        piece = dequantize(qweight[:, packed], qzeros[:, packed], scales[:, columns], group)
-        return piece.to(x.dtype)
+        inputs, outputs = len(qweight), columns.stop - columns.start
+        shape = (inputs, outputs)
+        nibbles, values = scratch.take(x.device, (shape, torch.int32), (shape, torch.float32))
+        pieces = (qweight[:, packed], qzeros[:, packed], scales[:, columns])
+        dequantize_into(nibbles, values, *pieces, group)
+        if x.dtype == torch.float32:
+            return values
+        # The nibbles have served; their place is large enough for the rounded weights.
+        rounded = nibbles.view(-1).view(x.dtype)[: values.numel()].view(shape)
+        return rounded.copy_(values)
 
-    return by_pieces(x, scales.shape[1], 8, weights, bias)
-
-
-def by_pieces(
-    x: Tensor,
-    outputs: int,
-    multiple: int,
-    weights: Callable[[slice], Tensor],
-    bias: Tensor | None,
-) -> Tensor:
-    """`x @ weights + bias`, with only some columns of the weights [K, N] there at a time."""
-    result = x.new_empty(x.shape[0], outputs)
-    step = piece_columns(x.shape[1], multiple)
-    for start in range(0, outputs, step):
-        columns = slice(start, min(start + step, outputs))
-        if bias is None:
-            result[:, columns] = x @ weights(columns)
-        else:
-            result[:, columns] = torch.addmm(bias[columns], x, weights(columns))
-    return result
-
-
-def piece_columns(inputs: int, multiple: int) -> int:
-    """Outputs de-quantized at a time: a multiple of `multiple`, set by the shape alone."""
-    return max(PIECE_WEIGHTS // inputs // multiple, 1) * multiple
+    step = piece_columns(PIECE_WEIGHTS["reference"], x.shape[1], 8)
+    return by_pieces(x, scales.shape[1], step, weights, bias)
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Stored tensors, or some of their columns -> float32 [K, N]."""
-    inputs, outputs = qweight.shape[0], scales.shape[1]
-    weights = unpack(qweight).float().view(inputs // group, group, outputs)
-    weights.sub_(unpack(qzeros).float().unsqueeze(1)).mul_(scales.float().unsqueeze(1))
-    return weights.view(inputs, outputs)
+    """Stored tensors -> float32 weights [K, N]."""
+    values = qweight.new_empty(len(qweight), scales.shape[1], dtype=torch.float32)
+    dequantize_into(
+        torch.empty_like(values, dtype=torch.int32), values, qweight, qzeros, scales, group
+    )
+    return values
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """int32 [R, N/8] -> int32 [R, N] of 0..15, in the order of the outputs."""
+def dequantize_into(
+    nibbles: Tensor, values: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int
+) -> None:
+    """Stored tensors, or some of their columns -> `values`, float32 [K, N]; `nibbles`, int32 of
+    that shape, is overwritten."""
+    unpack(qweight, nibbles)
+    values.copy_(nibbles)
+    grouped = values.view(-1, group, values.shape[1])
+    grouped.sub_(unpack(qzeros).float().unsqueeze(1)).mul_(scales.float().unsqueeze(1))
+
+
+def unpack(packed: Tensor, out: Tensor | None = None) -> Tensor:
+    """int32 [R, N/8] -> int32 [R, N] of 0..15, in the order of the outputs; into `out` if given."""
+    rows, words = packed.shape
+    if out is None:
+        out = packed.new_empty(rows, words * 8)
     # Output j of eight is nibble NIBBLE_OF[j]: even ones lie in the low half, odd in the high.
     low = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device)
     shifts = torch.stack((low, low + 16), dim=-1).flatten()
-    nibbles = packed.unsqueeze(-1) >> shifts
-    return nibbles.bitwise_and_(15).flatten(1)
+    torch.bitwise_right_shift(packed.unsqueeze(-1), shifts, out=out.view(rows, words, 8))
+    return out.bitwise_and_(15)

@@ -23,9 +23,11 @@ from lowvram.quant import (
     linear_bytes,
     quantize,
     select,
+    sizes,
     unpack,
 )
 from lowvram.quant.kernels import cpu, reference
+from lowvram.quant.kernels.pieces import piece_columns
 
 SHAPES = [(256, 64, 128), (128, 192, 64), (96, 128, 32)]
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -92,9 +94,10 @@ def test_pieces_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     x = torch.randn(9, 128).to(dtype)
     whole.after_load()
     expected = whole(x)
-    monkeypatch.setattr(reference, "PIECE_WEIGHTS", 128 * 72)
-    assert reference.piece_columns(128, 8) == 72
-    assert reference.piece_columns(10**9, 64) == 64
+    for kernel in ("reference", "cpu"):
+        monkeypatch.setitem(sizes.PIECE_WEIGHTS, kernel, 128 * 72)
+    assert piece_columns(128 * 72, 128, 8) == 72
+    assert piece_columns(128 * 72, 10**9, 64) == 64
     pieced.after_load()
     assert error(pieced(x), x, weights, bias) < BOUND[dtype]
     torch.testing.assert_close(pieced(x), expected)
@@ -170,7 +173,13 @@ def test_the_phase_chooses_the_kernel_and_the_rows_do_not(monkeypatch: pytest.Mo
         (Problem("cpu", torch.bfloat16, 256, 64, 128), "auto", "cpu", "4-bit product"),
         (Problem("cpu", torch.bfloat16, 256, 64, 128), "reference", "reference", "asked for"),
         (Problem("cpu", torch.float32, 256, 64, 128), "auto", "reference", "not in float32"),
-        (Problem("cuda", torch.bfloat16, 256, 64, 128), "auto", "reference", "not on cuda"),
+        (
+            Problem("cuda", torch.bfloat16, 256, 64, 128),
+            "auto",
+            "reference",
+            "tinygemm kernel cannot: CUDA",
+        ),
+        (Problem("npu", torch.bfloat16, 256, 64, 128), "auto", "reference", "product on npu"),
         (Problem("cpu", torch.bfloat16, 256, 80, 128), "auto", "reference", "80 outputs"),
     ],
 )
