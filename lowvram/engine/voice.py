@@ -16,7 +16,7 @@ from lowvram.errors import CheckpointError
 class Voice:
     """How one speaker sounds; tensors are fp32 on the CPU.
 
-    `bos_token` is the codec token with which the Talker starts; `cond` [1, enc_emb_dim] and
+    `bos_token` is the text token that its speech begins with; `cond` [1, enc_emb_dim] and
     `ref_mel` [1, frames, mel_dim] (a recording of the speaker) condition the DiT.
     """
 
