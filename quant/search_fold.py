@@ -67,7 +67,7 @@ class Fold:
         return scale
 
     def weight(self, linear: str) -> Tensor:
-        """The linear's weights with columns and rows scaled, float32 [N, K], a tensor of its own."""
+        """The linear's weights, columns and rows scaled: float32 [N, K], a tensor of its own."""
         weight = self.weights[f"{linear}.weight"].to(torch.float32, copy=True)
         columns = self.columns(GROUP_OF[linear])
         if columns is not None:

@@ -66,7 +66,7 @@ class _Sums:
         self.rows.append(rows[torch.isfinite(rows).all(-1)])
         finite = torch.isfinite(x).all(-1)
         x = (x if bool(finite.all()) else x[finite]).float()
-        grouped = x.view(len(x), -1, self.group).transpose(0, 1)
+        grouped = x.view(len(x), x.shape[-1] // self.group, self.group).transpose(0, 1)
         grams = torch.bmm(grouped.transpose(1, 2), grouped)
         magnitude = x.abs().sum(0)
         self.tokens += len(x)
@@ -125,7 +125,7 @@ class Judge:
         self._forward = forward
         _, held_out = split(inputs)
         quota = max(settings.judge_tokens // len(held_out), _JUDGED_ROWS)
-        self._items: list[tuple[int, Tensor, Tensor]] = []
+        self._items: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._energy = 0.0
         left = settings.judge_tokens
         for item in held_out:
@@ -133,15 +133,18 @@ class Judge:
                 break
             x = inputs[item][: min(quota, left)].clone()
             y = forward(weights, item, x).float()
-            self._items.append((item, x, y))
-            self._energy += float((y - x.float()).square().sum())
+            # A token whose true output overflows says nothing about the packing.
+            finite = torch.isfinite(y).all(-1)
+            self._items.append((item, x, y, finite))
+            self._energy += float((y - x.float())[finite].square().sum())
             left -= len(x)
 
     def error(self, weights: Weights) -> float:
         """Energy of the change of the outputs, as a share of the energy of what the layer adds."""
         change = 0.0
-        for item, x, y in self._items:
-            change += float((self._forward(weights, item, x).float() - y).square().sum())
+        for item, x, y, finite in self._items:
+            off = self._forward(weights, item, x).float().sub_(y)
+            change += float(off[finite].square().sum())
         return change / self._energy if self._energy else change
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from .search_fold import GROUPS, Fold, expand, tie
+from .search_fold import GROUPS, Fold, tie
 from .search_grid import full_range, onto, values
 from .search_inputs import Seen
 
