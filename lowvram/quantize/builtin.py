@@ -83,8 +83,9 @@ def builtin_conversation(index: int, seed: int) -> Conversation:
 
 
 def _asked(content: list[dict[str, Any]], index: int) -> Conversation:
-    """With the system prompt of speech in every second conversation, as in use."""
-    system = [{"role": "system", "content": SPEECH_PROMPT}] if index // 2 % 2 else []
+    """With the system prompt of speech in every second round of the kinds, as in use."""
+    speaks = index // len(_KINDS) % 2 == 1
+    system = [{"role": "system", "content": SPEECH_PROMPT}] if speaks else []
     return [*system, {"role": "user", "content": content}]
 
 

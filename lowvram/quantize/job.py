@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def prepare_job(
         UsageError, CheckpointError: places, options or a source that will not do.
         DoesNotFitError: `max_memory` is too little.
     """
-    destination = Path(destination).expanduser()
+    destination = Path(os.path.abspath(Path(destination).expanduser()))
     if not destination.name:
         raise UsageError(f"{destination} has no name; wanted a new folder for the result")
     if destination.is_file():

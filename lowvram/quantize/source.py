@@ -6,7 +6,6 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +140,7 @@ def check_places(source: Path, destination: Path) -> None:
     Raises:
         UsageError: naming both.
     """
-    inside, outside = source.resolve(), Path(os.path.abspath(destination)).resolve()
+    inside, outside = source.resolve(), destination.resolve()
     if inside == outside or inside in outside.parents or outside in inside.parents:
         raise UsageError(
             f"{destination} and the source {source} lie within each other; wanted a folder of its "
