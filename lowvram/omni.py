@@ -30,7 +30,7 @@ from lowvram.planner import (
     make_plan,
     resolve_dtype,
 )
-from lowvram.quant import Scratch
+from lowvram.quant import HeadBits, Scratch, choose_head, preferred_kernel
 from lowvram.report import Report, phase_rows
 from lowvram.settings import GenerationSettings
 
@@ -89,6 +89,7 @@ class LowVRAMOmni:
                 speech=self._speech,
                 kernel=kernel,
                 scratch=self._scratch,
+                head_bits=self._head_bits(),
             ),
         )
         self._voices: dict[str, Voice] = {}
@@ -277,6 +278,13 @@ class LowVRAMOmni:
             kernel=self._kernel,
         )
 
+    def _head_bits(self) -> HeadBits | None:
+        """The bits of the Thinker's head where an option that rounds it is allowed and helps."""
+        text = self.checkpoint.config.thinker.text
+        kernel = preferred_kernel(self._facts.type, self._dtype.name, self._kernel).name
+        head = choose_head(self._allow, kernel, text.hidden_size, text.vocab_size)
+        return None if head is None else head.bits
+
     def _meter_scratch(self) -> Scratch:
         """One place for weights to be de-quantized into, counted as workspace while it is there."""
         owner, key = "workspace", "de-quantized weights"
@@ -313,6 +321,7 @@ class LowVRAMOmni:
             codes=len(run.codes),
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
+            head_error=run.head_error,
             timeline=tuple(
                 (point.seconds, point.phase, sum(point.bytes_by_owner.values()))
                 for point in self._meter.timeline

@@ -16,9 +16,11 @@ from lowvram.models.text import ThinkerText
 from lowvram.models.token2wav import Token2Wav
 from lowvram.models.vision import VisionTower
 from lowvram.offload import Part, torch_dtype
-from lowvram.quant import QuantLinear, Scratch
+from lowvram.quant import HeadBits, QuantLinear, RoundedHead, Scratch
 
 Kernel = Literal["auto", "reference"]
+
+HEAD = "thinker.lm_head"
 
 
 def build_parts(
@@ -28,15 +30,17 @@ def build_parts(
     speech: bool,
     kernel: Kernel,
     scratch: Scratch | None = None,
+    head_bits: HeadBits | None = None,
 ) -> list[Part]:
     """Every module a request may need, in the order of the phases.
 
     Token2wav is float32 whatever `dtype` says: its authors state that 16 bits are audible
     (QwenLM/Qwen2.5-Omni#90). Without `speech` the Talker and the vocoder are not even named, so
-    nothing can read them. Packed linears share `scratch`, or one of their own.
+    nothing can read them. Packed linears share `scratch`, or one of their own. The Thinker's
+    head is rounded to `head_bits` where these are given.
     """
     config = checkpoint.config
-    linear = linear_factory(checkpoint, dtype, kernel, scratch or Scratch())
+    linear = linear_factory(checkpoint, dtype, kernel, scratch or Scratch(), head_bits)
     thinker = config.thinker
     parts = [
         Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
@@ -52,7 +56,11 @@ def build_parts(
 
 
 def linear_factory(
-    checkpoint: Checkpoint, dtype: torch.dtype, kernel: Kernel, scratch: Scratch
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    kernel: Kernel,
+    scratch: Scratch,
+    head_bits: HeadBits | None,
 ) -> LinearFactory:
     """Dense or packed, linear by linear, by what the file holds.
 
@@ -62,6 +70,8 @@ def linear_factory(
     quant = checkpoint.config.quant
 
     def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if head_bits is not None and name == HEAD:
+            return RoundedHead(in_features, out_features, head_bits)
         if quant is None or not checkpoint.quantized(name):
             return dense(name, in_features, out_features, bias)
         return QuantLinear(

@@ -26,6 +26,8 @@ class Report:
     Seconds count from the start of the request. `bytes_host_to_device` is what this request
     loaded; modules that were resident already cost nothing. `host_peak_bytes` is the largest
     resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
+    `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
+    makes, on a sample of the vocabulary; None where the head is as stored.
     `timeline` is (seconds, phase, bytes held) wherever that changed.
     """
 
@@ -43,6 +45,7 @@ class Report:
     codes: int
     audio_seconds: float
     seed: int
+    head_error: float | None = None
     timeline: tuple[tuple[float, str, int], ...] = ()
 
     @property
@@ -93,6 +96,8 @@ class Report:
         if self.real_time_factor is not None:
             times.append(f"{self.real_time_factor:.2f} s per second of speech")
         lines.append("; ".join(times))
+        if self.head_error is not None:
+            lines.append(f"the rounded head moves logits by {self.head_error:.2%}")
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .awq import dense_layer, quantize_layer
+    from .head import RoundedHead
     from .kernels import Kernel, Problem, select
     from .linear import QuantLinear, apply_all, join
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
         Step,
     )
     from .sizes import (
+        HeadBits,
+        HeadChoice,
         KernelChoice,
         KernelName,
+        choose_head,
+        head_bytes,
+        head_loading_bytes,
         linear_bytes,
         loading_bytes,
         preferred_kernel,
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = [
     "GROUPS",
     "Geometry",
+    "HeadBits",
+    "HeadChoice",
     "Kernel",
     "KernelChoice",
     "KernelName",
@@ -46,13 +54,17 @@ __all__ = [
     "Packed",
     "Problem",
     "QuantLinear",
+    "RoundedHead",
     "Scratch",
     "SearchSettings",
     "Step",
     "apply_all",
+    "choose_head",
     "current_phase",
     "dense_layer",
     "dequantize",
+    "head_bytes",
+    "head_loading_bytes",
     "join",
     "kernel_phase",
     "linear_bytes",
@@ -69,6 +81,7 @@ __all__ = [
 
 _HOME = {
     "awq": ("dense_layer", "quantize_layer"),
+    "head": ("RoundedHead",),
     "kernels": ("Kernel", "Problem", "select"),
     "linear": ("QuantLinear", "apply_all", "join"),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
@@ -84,8 +97,13 @@ _HOME = {
     ),
     "scratch": ("Scratch",),
     "sizes": (
+        "HeadBits",
+        "HeadChoice",
         "KernelChoice",
         "KernelName",
+        "choose_head",
+        "head_bytes",
+        "head_loading_bytes",
         "linear_bytes",
         "loading_bytes",
         "preferred_kernel",

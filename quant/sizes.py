@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 KernelName = Literal["reference", "cpu", "tinygemm"]
@@ -71,3 +72,48 @@ def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> 
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     zeros = 32 * (inputs // group) * outputs
     return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros
+
+
+HeadBits = Literal[4, 8]
+HEAD_GROUP = 32
+"""Inputs of one row of a 4-bit head that share a scale and an offset."""
+
+HEAD_OPTIONS: dict[str, HeadBits] = {"head4": 4, "head8": 8}
+"""Names of the options that round the head, the faster first."""
+
+
+class HeadChoice(NamedTuple):
+    """The bits that the head is rounded to, or None, and why, in words for the plan."""
+
+    bits: HeadBits | None
+    reason: str
+
+
+def choose_head(
+    allow: Collection[str], kernel: KernelName, inputs: int, outputs: int
+) -> HeadChoice | None:
+    """Whether a head of that shape is rounded where packed linears have `kernel`; None where
+    `allow` names neither `head4` nor `head8`."""
+    names = [name for name in HEAD_OPTIONS if name in allow]
+    if not names:
+        return None
+    if kernel != "cpu":
+        return HeadChoice(None, f"{names[0]} is not used: it is faster on the CPU in bfloat16 only")
+    if inputs % HEAD_GROUP or outputs % 64:
+        shape = f"{inputs} x {outputs}"
+        return HeadChoice(None, f"{names[0]} is not used: a head of {shape} cannot be packed")
+    bits = HEAD_OPTIONS[names[0]]
+    return HeadChoice(bits, f"{names[0]}: fewer bytes to read for every token")
+
+
+def head_bytes(inputs: int, outputs: int, bits: HeadBits) -> int:
+    """Bytes held by a rounded head."""
+    if bits == 8:
+        return inputs * outputs + outputs * 2
+    return inputs * outputs // 2 + inputs // HEAD_GROUP * outputs * 4
+
+
+def head_loading_bytes(inputs: int, outputs: int) -> int:
+    """Bytes that loading a rounded head takes besides itself, at most: the 16-bit head, and the
+    rows that are being rounded."""
+    return 2 * inputs * outputs + 1024 * inputs * 24

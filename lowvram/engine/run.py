@@ -67,6 +67,7 @@ class Run:
     first_text_s: float | None = None
     first_audio_s: float | None = None
     total_s: float = 0.0
+    head_error: float | None = None
     _told: int = 0
 
     def events(self) -> Iterator[TextDelta | AudioChunk]:
@@ -117,6 +118,7 @@ class Run:
                 cache = stack.enter_context(context.kv_cache("thinker", config.text, max_tokens))
                 thinker = Thinker(context, model, cache)
                 logits = thinker.prefill(embeds, prompt.positions, states)
+                self.head_error = thinker.head_error
             yield from self._decode(thinker, logits, replies)
         if states is not None and replies:
             embeds.index_fill_(0, media_slots(prompt).to(context.host), 0)

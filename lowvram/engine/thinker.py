@@ -8,8 +8,12 @@ import torch
 from lowvram.engine.context import Context
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.text import ThinkerText
+from lowvram.parts import HEAD
 from lowvram.planner.laws import PREFILL_CHUNK
-from lowvram.quant import kernel_phase
+from lowvram.quant import RoundedHead, kernel_phase
+
+HEAD_SAMPLE = 256
+"""Rows of the head by which its rounding is judged."""
 
 
 class Thinker:
@@ -20,6 +24,8 @@ class Thinker:
         self._model = model
         self._cache = cache
         self._filled = 0
+        self.head_error: float | None = None
+        """Of a rounded head: relative error of the logits of the prompt's last position."""
 
     def prefill(
         self, embeds: torch.Tensor, positions: np.ndarray, states: torch.Tensor | None
@@ -41,7 +47,9 @@ class Thinker:
                 hidden = self._forward(embeds[None, start:stop], place[..., start:stop])
                 if states is not None:
                     states[start:stop] = self._context.to_host(hidden[0])
-            return self._model.logits(hidden[:, -1])
+            logits = self._model.logits(hidden[:, -1])
+            self.head_error = self._head_error(hidden[:, -1], logits)
+            return logits
 
     def step(self, embed: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Feed one embedding [1, H]; returns its logits [1, V] and last hidden state [1, H]."""
@@ -57,3 +65,13 @@ class Thinker:
         hidden: torch.Tensor = decoder(x, rope, self._cache, self._filled)
         self._filled += x.shape[1]
         return hidden
+
+    def _head_error(self, hidden: torch.Tensor, logits: torch.Tensor) -> float | None:
+        """Against the head in the file, of which some rows are read; None if it is not rounded."""
+        head = self._model.lm_head
+        if not isinstance(head, RoundedHead) or not head.rounded:
+            return None
+        rows = range(0, head.out_features, max(1, head.out_features // HEAD_SAMPLE))
+        stored = self._context.store.rows(f"{HEAD}.weight", list(rows)).float()
+        exact = hidden.float() @ stored.T
+        return float((logits[:, list(rows)] - exact).norm() / exact.norm())

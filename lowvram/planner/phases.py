@@ -47,12 +47,14 @@ def request_phases(
     *,
     dtype: str,
     kernel: KernelName,
+    head_loading: int = 0,
     host_is_device: bool,
 ) -> list[PhaseLoad]:
     """The phases of one request, in order.
 
     `host_is_device`: on the CPU the prompt's embeddings and states count against the budget; else
-    they wait on the host and cost the device nothing. `kernel` is that of packed linears.
+    they wait on the host and cost the device nothing. `kernel` is that of packed linears;
+    `head_loading` what loading a rounded head takes besides it.
     """
     config = checkpoint.config
     text = config.thinker.text
@@ -77,7 +79,8 @@ def request_phases(
     kv = laws.kv_bytes(text, tokens + reply, size)
     work = laws.prefill_bytes(text, tokens, size)
     scratch = checkpoint.packed_workspace_bytes(kernel)
-    phases.append(PhaseLoad("prefill", ("text",), kv, scratch, prompt + states, work))
+    loading = scratch + head_loading
+    phases.append(PhaseLoad("prefill", ("text",), kv, loading, prompt + states, work))
     work = laws.decode_bytes(text, size)
     phases.append(PhaseLoad("decode", ("text",), kv, scratch, prompt + states, work))
     if settings.speech and config.talker and config.dit and config.bigvgan:

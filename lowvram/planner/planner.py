@@ -6,6 +6,7 @@ those, the one that vocodes while the Talker still draws codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -23,7 +24,7 @@ from lowvram.planner.device import (
 )
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
-from lowvram.quant import preferred_kernel
+from lowvram.quant import choose_head, head_bytes, head_loading_bytes, preferred_kernel
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -35,7 +36,8 @@ MODULES: tuple[Part, ...] = ("visual", "audio", "text", "talker", "token2wav")
 ACCELERATOR_WORKSPACE_BYTES = 64 * 2**20
 """Matrix libraries' own buffers and the allocator's rounding on cuda and npu; an upper bound."""
 
-OPTIONS = ("head8", "head4", "talker8", "kv8", "vocoder16")
+HEADS = ("head8", "head4")
+OPTIONS = (*HEADS, "talker8", "kv8", "vocoder16")
 """Names that `allow` takes: options that change results, and are used only where named."""
 
 
@@ -105,6 +107,12 @@ def make_plan(
     weights: dict[str, int] = {
         m: checkpoint.part_bytes(m, ITEMSIZE[dtype.name], packed.name) for m in MODULES
     }
+    head = choose_head(allow, packed.name, text.hidden_size, text.vocab_size)
+    loading = 0
+    if head is not None and head.bits is not None:
+        size = (text.hidden_size, text.vocab_size)
+        weights["text"] += head_bytes(*size, head.bits) - math.prod(size) * ITEMSIZE[dtype.name]
+        loading = head_loading_bytes(*size)
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         on_host = facts.type == "cpu"
@@ -114,6 +122,7 @@ def make_plan(
             changed,
             dtype=dtype.name,
             kernel=packed.name,
+            head_loading=loading,
             host_is_device=on_host,
         )
         return list(_choices(phases, weights, facts, on_device))
@@ -150,6 +159,7 @@ def make_plan(
             *_reasons(best, used, weights, facts, budget, minimum, allow),
             f"{dtype.name}: {dtype.reason}",
             *([f"packed linears, {packed.name}: {packed.reason}"] if checkpoint.packed else []),
+            *([head.reason] if head else []),
         ),
         knobs={knob: size for knob, size in knobs.items() if size < minimum},
     )
@@ -269,5 +279,7 @@ def _reasons(
         )
     if facts.assumed:
         lines.append(f"context {format_size(facts.context_bytes)} is assumed, not measured")
-    lines += [f"{name} is allowed; no plan of this version uses it" for name in allow]
+    lines += [
+        f"{name} is allowed; no plan of this version uses it" for name in allow if name not in HEADS
+    ]
     return tuple(lines)
