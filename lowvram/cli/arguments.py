@@ -15,6 +15,7 @@ VERBS = {
     "chat": "talk over several turns",
     "plan": "say what a request would need, and whether it fits; loads nothing",
     "doctor": "look at devices, packages, memory and a checkpoint",
+    "bench": "measure this machine at a model's true shapes, on random weights",
 }
 POCKET = "pocket"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -67,6 +68,8 @@ def build_parser(verb: str) -> Parser:
 def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "doctor":
         _add_model(parser)
+    elif verb == "bench":
+        _add_bench(parser)
     else:
         _add_question(parser)
         _add_place(parser)
@@ -78,7 +81,7 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
         _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
     if verb != "chat":
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    if verb in ("run", "chat"):
+    if verb in ("run", "chat", "bench"):
         parser.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress")
     parser.add_argument(
         "-v",
@@ -99,6 +102,30 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--offline", action="store_true", help="take hub models from the cache only"
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("decode",), help="what to measure")
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=POCKET,
+        metavar="MODEL",
+        help=f"whose shapes: a built-in name, or a folder with config.json (default: {POCKET})",
+    )
+    parser.add_argument(
+        "--device", type=device_of, default="cpu", help="only cpu so far (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=_threads, metavar="N", help="threads to compute with (default: torch's)"
+    )
+    parser.add_argument(
+        "--allow",
+        type=_names,
+        default=("head4",),
+        metavar="LIST",
+        help="how the head may be rounded: head4, head8 (default: head4)",
     )
 
 
@@ -273,6 +300,16 @@ def seed_of(text: str) -> int:
 
 
 seed_of.__name__ = "int"
+
+
+def _threads(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text!r}")
+    return value
+
+
+_threads.__name__ = "int"
 
 
 def _names(text: str) -> tuple[str, ...]:

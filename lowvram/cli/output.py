@@ -121,8 +121,8 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """One object on stdout; bytes and seconds are numbers."""
+def print_json(value: Mapping[str, Any] | list[dict[str, Any]]) -> None:
+    """One value on stdout; bytes and seconds are numbers."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()

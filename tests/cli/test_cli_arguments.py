@@ -25,6 +25,7 @@ FLAGS = {
     "chat": f"{REQUEST} --output --quiet",
     "plan": f"{REQUEST} --json",
     "doctor": "--model --offline --json --verbose --help",
+    "bench": "--model --device --threads --allow --json --quiet --verbose --help",
 }
 
 
@@ -85,7 +86,7 @@ def test_version(capsys: Any) -> None:
     [
         (["--imge", "a"], "unrecognized arguments: --imge a (see lowvram-demo --help)"),
         (["--max-mem", "1GiB"], "unrecognized arguments: --max-mem 1GiB"),
-        (["plna"], "unknown verb 'plna'; wanted run, chat, plan, doctor (a prompt goes after -p)"),
+        (["plna"], "unknown verb 'plna'; wanted run, chat, plan, doctor, bench (a prompt"),
         (
             ["run", "-p"],
             "argument -p/--prompt: expected one argument (see lowvram-demo run --help)",

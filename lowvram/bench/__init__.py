@@ -1,0 +1,1 @@
+"""Measurements at the true shapes of a model, on weights made in memory."""
