@@ -45,7 +45,7 @@ from .search_ranges import best_ranges
 from .search_scales import best_scale
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize_layer(
     weights: Weights,
     forward: Forward | None,
@@ -120,7 +120,7 @@ class _Search:
 
     def round(self) -> None:
         """Start from plain rounding to nearest, whatever the rounding asked for."""
-        fold = Fold(self.weights, self.geometry, {}, self.settings.dtype)
+        fold = Fold(self.weights, self.geometry, self.settings.dtype)
         coded: dict[str, Coded] = {}
         self.rtn_errors: dict[str, float] = {}
         for linear in LINEARS:

@@ -8,7 +8,7 @@ heads that share a key/value head share its channels' scales; and into the rows 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ NORMS = {"qkv": "input_layernorm.weight", "gate-up": "post_attention_layernorm.w
 PRODUCERS = {"self_attn.v_proj": "o", "mlp.up_proj": "down"}
 """Linear -> the group that reads each of its outputs, times something."""
 
+_NEAR = 0.01
+"""How far a scale is moved at most, as a share: bfloat16 rounds by 1/512."""
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -41,65 +44,64 @@ class Fold:
 
     weights: Weights
     geometry: Geometry
-    scales: Mapping[str, Tensor]
     dtype: torch.dtype
     """Of the norms and biases as they will be stored."""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_scale(self, group: str, scale: Tensor | None) -> Fold:
-        others = {name: s for name, s in self.scales.items() if name != group}
-        return replace(self, scales=others if scale is None else {**others, group: scale})
+        """The fold with another scale for that group (None: no scale).
+
+        A stored norm or bias has few bits. The scale is moved to what it was really divided by, at
+        most half a bit away, so that its rounding changes nothing.
+        """
+        scales = {name: s for name, s in self.scales.items() if name != group}
+        if scale is not None:
+            scales[group] = self._exact(group, scale)
+        return replace(self, scales=scales)
 
     def columns(self, group: str) -> Tensor | None:
-        """What each input of the group's linears is divided by, [K].
-
-        A stored normalization has few bits; what it was really divided by is told from it, so that
-        its rounding changes nothing.
-        """
+        """What each input of the group's linears is divided by, [K]."""
         scale = self.scales.get(group)
-        if scale is None:
-            return None
-        if group == "o":
-            return expand(scale, self.geometry)
-        if group in NORMS:
-            norm = self.weights[NORMS[group]].float()
-            stored = self._norm(group)
-            return torch.where(stored == 0, torch.ones_like(norm), norm / stored)
-        return scale
-
-    def weight(self, linear: str) -> Tensor:
-        """The linear's weights, columns and rows scaled: float32 [N, K], a tensor of its own."""
-        weight = self.weights[f"{linear}.weight"].to(torch.float32, copy=True)
-        columns = self.columns(GROUP_OF[linear])
-        if columns is not None:
-            weight.mul_(columns)
-        rows = self.rows(linear)
-        return weight if rows is None else weight.div_(rows.unsqueeze(1))
+        if scale is None or group != "o":
+            return scale
+        return expand(scale, self.geometry)
 
     def rows(self, linear: str) -> Tensor | None:
         """What each output of the linear is divided by, [N]."""
         return self.scales.get(PRODUCERS[linear]) if linear in PRODUCERS else None
 
+    def weight(self, linear: str) -> Tensor:
+        """The linear's weights, columns and rows scaled: float32 [N, K], a tensor of its own."""
+        weight = self.weights[f"{linear}.weight"].to(torch.float32, copy=True)
+        columns, rows = self.columns(GROUP_OF[linear]), self.rows(linear)
+        if columns is not None:
+            weight.mul_(columns)
+        return weight if rows is None else weight.div_(rows.unsqueeze(1))
+
     def others(self) -> dict[str, Tensor]:
         """Everything but the linears' weights, as it will be stored."""
+        divisors = {name: self.scales.get(group) for group, name in NORMS.items()}
+        divisors |= {f"{linear}.bias": self.rows(linear) for linear in PRODUCERS}
         packed = {f"{linear}.weight" for linear in LINEARS}
-        changed = {name: self._norm(group) for group, name in NORMS.items() if group in self.scales}
-        for linear in PRODUCERS:
-            bias, rows = f"{linear}.bias", self.rows(linear)
-            if bias in self.weights and rows is not None:
-                changed[bias] = self.weights[bias].float() / rows
-        return {
-            name: changed.get(name, tensor).to(self.dtype)
-            for name, tensor in self.weights.items()
-            if name not in packed
-        }
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.weights.items():
+            divisor = divisors.get(name)
+            if divisor is not None:
+                tensor = tensor.float() / divisor
+            if name not in packed:
+                found[name] = tensor.to(self.dtype)
+        return found
 
-    def _norm(self, group: str) -> Tensor:
-        """The normalization before the group as stored, float32."""
-        norm = self.weights[NORMS[group]].float()
-        stored = (norm / self.scales[group]).to(self.dtype).float()
-        # A value that the division would bring out of the stored type's range is left as it is.
-        kept = torch.isfinite(stored) & (stored != 0)
-        return torch.where(kept, stored, norm)
+    def _exact(self, group: str, scale: Tensor) -> Tensor:
+        if group in NORMS:
+            # What cannot be divided (a norm of 0, a quotient out of range) has no scale.
+            divided, otherwise = self.weights[NORMS[group]].float(), torch.ones_like(scale)
+        elif group == "o" and "self_attn.v_proj.bias" in self.weights:
+            divided, otherwise = self.weights["self_attn.v_proj.bias"].float(), scale
+        else:
+            return scale
+        exact = divided / (divided / scale).to(self.dtype).float()
+        return torch.where((exact / scale - 1).abs() < _NEAR, exact, otherwise)
 
 
 def expand(scale: Tensor, geometry: Geometry) -> Tensor:

@@ -131,12 +131,12 @@ class Judge:
         for item in held_out:
             if left <= 0:
                 break
-            x = inputs[item][: min(quota, left)].clone()
+            x = inputs[item][: min(quota, left)].float()
             y = forward(weights, item, x).float()
             # A token whose true output overflows says nothing about the packing.
             finite = torch.isfinite(y).all(-1)
             self._items.append((item, x, y, finite))
-            self._energy += float((y - x.float())[finite].square().sum())
+            self._energy += float((y - x)[finite].square().sum())
             left -= len(x)
 
     def error(self, weights: Weights) -> float:

@@ -21,7 +21,8 @@ Weights = Mapping[str, Tensor]
 Forward = Callable[[Weights, int, Tensor], Tensor]
 """Weights, an item's number, and the first t rows of its input [t, H] -> layer output [t, H].
 
-The output includes the residual path. t may be less than the item's length.
+The output includes the residual path. It is computed in the type of the rows, which is float32
+where a decision is judged by it. t may be less than the item's length.
 """
 
 Capture = Callable[[Weights, int, Tensor], Mapping[str, Tensor]]

@@ -18,10 +18,10 @@ from .search_fold import GROUPS, Fold, tie
 from .search_grid import full_range, onto, values
 from .search_inputs import Seen
 
-_ROW_WEIGHTS = 4 << 20
+_ROW_WEIGHTS = 2 << 20
 """Weights of one linear that are judged: its rows are thinned out to that."""
 
-_LEAST_ROWS, _MOST_ROWS = 128, 1024
+_LEAST_ROWS, _MOST_ROWS = 128, 512
 
 _GAIN = 1e-4
 """A candidate must be better by this share: floating-point noise decides nothing."""

@@ -9,9 +9,8 @@ from published_awq import published_awq
 from torch import Tensor
 
 from lowvram.errors import CheckpointError, UsageError
-from lowvram.quant import LayerResult, SearchSettings, dense_layer, quantize_layer
+from lowvram.quant import Geometry, LayerResult, SearchSettings, dense_layer, quantize_layer
 from lowvram.quant.search_fold import GROUPS, Fold
-from lowvram.quant.search_fold import NORMS as NORM_OF
 from lowvram.quant.search_grid import nearest
 
 LAYER = Layer()
@@ -77,23 +76,33 @@ def test_what_was_judged_is_what_is_stored(items: list[Tensor], found: LayerResu
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_alone_change_nothing(stored: torch.dtype) -> None:
+    """Also where norms and biases are stored in 16 bits, rounded once more after the division."""
     draw = torch.Generator().manual_seed(3)
-    weights, geometry = LAYER.weights(), LAYER.geometry
-    for name in NORMS:
-        weights[name] = weights[name].to(stored)
+    geometry = LAYER.geometry
+    weights = {name: tensor.to(stored).float() for name, tensor in LAYER.weights().items()}
     sizes = {"qkv": 256, "o": geometry.kv_heads * geometry.head_dim, "gate-up": 256, "down": 512}
-    scales = {group: torch.exp(torch.randn(n, generator=draw)) for group, n in sizes.items()}
-    fold = Fold(weights, geometry, scales, stored)
-    # The norms keep the stored type's few bits; biases are compared unrounded.
+    fold = Fold(weights, geometry, stored)
+    for group, size in sizes.items():
+        fold = fold.with_scale(group, torch.exp(torch.randn(size, generator=draw)))
     folded = {name: tensor.float() for name, tensor in fold.others().items()}
     folded |= {f"{x}.weight": fold.weight(x) for group in GROUPS.values() for x in group}
-    exact = Fold(weights, geometry, scales, torch.float32).others()
-    folded |= {name: tensor for name, tensor in exact.items() if name.endswith("bias")}
-    assert all((folded[name] != weights[name].float()).any() for name in NORM_OF.values())
-    true = {name: tensor.float() for name, tensor in weights.items()}
+    kept = {"self_attn.q_proj.bias", "self_attn.k_proj.bias"}
+    assert {name for name in weights if torch.equal(folded[name], weights[name])} == kept
     for i, x in enumerate(LAYER.inputs(2)):
-        expected, got = LAYER.forward(true, i, x), LAYER.forward(folded, i, x)
+        expected, got = LAYER.forward(weights, i, x), LAYER.forward(folded, i, x)
         assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+def test_a_norm_of_zero_and_a_quotient_out_of_range_have_no_scale() -> None:
+    weights = LAYER.weights()
+    norm = weights[NORMS[0]]
+    norm[0], norm[1] = 0.0, 1e4
+    scale = torch.full((256,), 0.1)
+    fold = Fold(weights, LAYER.geometry, torch.float16).with_scale("qkv", scale)
+    columns = fold.columns("qkv")
+    assert columns is not None and columns[:2].tolist() == [1, 1]
+    assert torch.allclose(columns[2:], scale[2:], rtol=1e-3)
+    assert fold.others()[NORMS[0]][:2].tolist() == [0, 1e4]
 
 
 @pytest.mark.parametrize("group_size", [32, 64])
@@ -204,13 +213,15 @@ def test_the_seed_chooses_the_tokens(items: list[Tensor]) -> None:
 
 
 def test_the_number_of_threads_changes_next_to_nothing() -> None:
-    weights, items, quick = LAYER.weights(), LAYER.inputs(4, 32), SearchSettings(grid=3)
+    layer = Layer(128, 256, Geometry(heads=2, kv_heads=1, head_dim=64))
+    weights, inputs = layer.weights(), Items(layer.inputs(4, 64))
+    arguments = (weights, layer.forward, layer.capture, inputs, layer.geometry, SEARCH)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            results.append(packed(weights, items, quick))
+            results.append(quantize_layer(*arguments))
         finally:
             torch.set_num_threads(before)
     one, two = results
