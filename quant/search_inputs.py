@@ -143,7 +143,7 @@ class Judge:
         """Energy of the change of the outputs, as a share of the energy of what the layer adds."""
         change = 0.0
         for item, x, y, finite in self._items:
-            off = self._forward(weights, item, x).float().sub_(y)
+            off = self._forward(weights, item, x).float() - y
             change += float(off[finite].square().sum())
         return change / self._energy if self._energy else change
 
