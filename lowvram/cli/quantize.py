@@ -111,7 +111,7 @@ def _add_work(parser: Parser, usual: QuantizeSettings) -> None:
     )
     group.add_argument("--json", action="store_true", help="one JSON object on stdout")
     group.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="more detail")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="every linear's errors")
 
 
 def _run(args: Namespace, console: Console) -> int:
@@ -162,7 +162,7 @@ def _quantize(args: Namespace, settings: QuantizeSettings, console: Console) -> 
     if args.json:
         print_json(report.to_json())
     else:
-        print(report)
+        print(f"{report.details()}\n\n{report}" if args.verbose else report)
     console.say(f"{report.destination}: {report.seconds:.0f} s")
     return 0
 

@@ -17,7 +17,7 @@ from lowvram.quantize.progress import Note, OnProgress, Progress, silent
 from lowvram.quantize.report import QuantizeReport
 from lowvram.quantize.settings import QuantizeSettings
 from lowvram.quantize.verify import compare
-from lowvram.quantize.work import Workplace, finished_report
+from lowvram.quantize.work import Workplace, clear, finished_report
 
 SHARD_BYTES = 4 << 30
 """The most a file of the result holds (a larger tensor has a file of its own)."""
@@ -59,6 +59,7 @@ def quantize_checkpoint(
         if done is None:
             done = _work(job, record, resume, overwrite, shard_bytes, on_progress, note)
         else:
+            clear(job.destination)
             note(f"{job.destination} is finished already")
         checked: Mapping[str, Any] = {}
         if verify:

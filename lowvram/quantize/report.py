@@ -59,6 +59,17 @@ class QuantizeReport:
             )
         return "\n".join(lines)
 
+    def details(self) -> str:
+        """Every linear of every layer."""
+        lines = ["layer  linear                   rounded     result   clipped"]
+        for layer in self.layers:
+            lines += [
+                f"{layer['layer']:5d}  {one['linear']:20} {_error(one['rtn_error']):>11} "
+                f"{_error(one['awq_error']):>10} {100 * one['clipped']:7.2f} %"
+                for one in layer["linears"]
+            ]
+        return "\n".join(lines)
+
 
 def stored_report(
     job: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any]

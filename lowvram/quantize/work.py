@@ -99,8 +99,9 @@ class Workplace:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are in the folder already."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Bytes of the work that are on the disk already."""
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files if self._old not in path.parents)
 
     def finished(self) -> list[dict[str, Any]]:
         """The records of the layers that are done, from the first on; each file is whole."""
@@ -165,6 +166,11 @@ class Workplace:
 def work_folder(destination: Path) -> Path:
     """Where `destination` is made."""
     return destination.with_name(f"{destination.name}.partial")
+
+
+def clear(destination: Path) -> None:
+    """Remove what a run left that was stopped after the result had its name."""
+    shutil.rmtree(work_folder(destination), ignore_errors=True)
 
 
 def finished_report(destination: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -67,6 +67,9 @@ def test_a_table_of_layers_for_people(
     assert told.out.splitlines()[0].split() == ["layer", "rounded", "result", "worst", "linear"]
     assert len(told.out.splitlines()) == 5
     assert "\r" not in told.err, "a bar is for terminals"
+    assert main([str(model), str(tmp_path / "result"), *QUICK, "--resume", "-v"]) == 0
+    more = capsys.readouterr().out
+    assert more.count("mlp.down_proj") >= 4 and more.endswith(told.out)
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,11 @@ def test_going_on_with_what_is_finished_does_nothing(
     options = {"method": "rtn", "calibration": "none"}
     quantize(source, tmp_path / "result", **options)
     before, seen = read(tmp_path / "result"), []
+    (tmp_path / "result.partial").mkdir()
+    (tmp_path / "result.partial" / "job.json").touch()
     report = quantize(source, tmp_path / "result", resume=True, on_progress=seen.append, **options)
     assert not seen and read(tmp_path / "result") == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "result"], "what was left over is cleared away"
     assert [layer["layer"] for layer in report.layers] == [0, 1]
 
 
