@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from decoder_layer import NORMS, Items, Layer
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.quant import Geometry, LayerResult, SearchSettings, dense_layer, quantize_layer
-from lowvram.quant.search_fold import GROUPS, Fold
+from lowvram.quant.search_fold import GROUPS, Fold, expand, tie
 from lowvram.quant.search_grid import nearest
 
 LAYER = Layer()
@@ -61,8 +63,17 @@ def test_each_kept_step_lowers_the_error_and_is_reported(found: LayerResult) -> 
 
 
 def test_what_was_judged_is_what_is_stored(items: list[Tensor], found: LayerResult) -> None:
+    judged: list[dict[str, Tensor]] = []
+
+    def forward(weights: Mapping[str, Tensor], item: int, x: Tensor) -> Tensor:
+        judged.append(dict(weights))
+        return LAYER.forward(weights, item, x)
+
     weights = LAYER.weights()
-    error = LAYER.error(weights, dense_layer(found.tensors, 128), items[-2:])
+    arguments = (weights, forward, LAYER.capture, Items(items, 2), LAYER.geometry, SEARCH)
+    stored = dense_layer(quantize_layer(*arguments).tensors, 128)
+    assert any(all(torch.equal(each[name], stored[name]) for name in stored) for each in judged)
+    error = LAYER.error(weights, stored, items[-2:])
     assert error == pytest.approx(found.error_after, rel=1e-4)
     kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in found.tensors.items()}
     assert kinds["qweight"] == kinds["qzeros"] == torch.int32
@@ -91,6 +102,15 @@ def test_scales_alone_change_nothing(stored: torch.dtype) -> None:
     for i, x in enumerate(LAYER.inputs(2)):
         expected, got = LAYER.forward(weights, i, x), LAYER.forward(folded, i, x)
         assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+def test_query_heads_that_share_a_value_head_share_its_scales() -> None:
+    # Heads 0 and 1 read key/value head 0, heads 2 and 3 read head 1.
+    geometry = Geometry(heads=4, kv_heads=2, head_dim=2)
+    of_query_heads = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0])
+    assert tie(of_query_heads, geometry).tolist() == [2, 3, 20, 30]
+    expanded = expand(torch.tensor([1.0, 2.0, 3.0, 4.0]), geometry)
+    assert expanded.tolist() == [1, 2, 1, 2, 3, 4, 3, 4]
 
 
 def test_a_norm_of_zero_and_a_quotient_out_of_range_have_no_scale() -> None:
@@ -135,6 +155,8 @@ def awkward(kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
         weights["self_attn.v_proj.bias"][:64] = 0
     elif kind == "outlier in a weight":
         gate[3, 7] = weights["self_attn.o_proj.weight"][0, 0] = 1e4
+    elif kind == "a step beyond float16":
+        gate[3, 7] = 3e6
     elif kind == "outlier in an input":
         for x in items:
             x[0, 11] = 1e4
@@ -151,6 +173,7 @@ def awkward(kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
 AWKWARD = (
     "dead channel",
     "outlier in a weight",
+    "a step beyond float16",
     "outlier in an input",
     "constants",
     "an input that overflowed",
@@ -170,9 +193,10 @@ def test_awkward_layers_stay_finite_and_no_worse(kind: str) -> None:
         assert each.awq_error == each.awq_error and each.clipped < 0.5
 
 
-def test_a_group_of_constants_keeps_its_value() -> None:
+@pytest.mark.parametrize("settings", [SEARCH, SearchSettings(method="rtn")])
+def test_a_group_of_constants_keeps_its_value(settings: SearchSettings) -> None:
     weights, _ = awkward("constants")
-    dense = dense_layer(packed(weights, None).tensors, 128)["mlp.gate_proj.weight"]
+    dense = dense_layer(packed(weights, None, settings).tensors, 128)["mlp.gate_proj.weight"]
     for row, value in enumerate((0.25, -3.0, 0.0)):
         assert torch.allclose(dense[row], torch.full((256,), value), rtol=1e-3), value
 
