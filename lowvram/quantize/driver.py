@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowvram.errors import LowVRAMError, UsageError
-from lowvram.offload import open_device
+from lowvram.errors import DoesNotFitError, LowVRAMError, UsageError
+from lowvram.offload import format_size, open_device
 from lowvram.quantize.assemble import Assembly
 from lowvram.quantize.job import Job, prepare_job
 from lowvram.quantize.layers import LayerWork
@@ -45,7 +45,7 @@ def quantize_checkpoint(
         UsageError: places or options that are wrong, or differ from the interrupted run's.
         CheckpointError: a source that cannot be quantized, or that changed.
         MediaError: no calibration item can be read.
-        DoesNotFitError: `max_memory` is too little for one layer.
+        DoesNotFitError: `max_memory` is too little for one layer, or memory ran out.
         LowVRAMError: no space on the disk, or another process at work.
     """
     begun = time.perf_counter()
@@ -98,7 +98,20 @@ def _work(
             place.publish()
         except OSError as error:
             raise LowVRAMError(
-                f"cannot write {error.filename or place.folder}: {error.strerror}; what is "
-                "finished is kept: mend that, then go on with --resume"
+                f"cannot read or write {error.filename or place.folder}: "
+                f"{error.strerror or error}; what is finished is kept: mend that, then go on with "
+                "--resume"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise DoesNotFitError(
+                f"out of memory within a plan of {format_size(job.plan.memory)}; what is finished "
+                "is kept: free some memory, then go on with --resume"
             ) from error
     return report
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a class for it on accelerators only; on the CPU a word in the message tells."""
+    return isinstance(error, MemoryError) or "memory" in str(error)

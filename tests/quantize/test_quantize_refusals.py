@@ -163,6 +163,21 @@ def test_a_disk_that_is_full_while_writing_can_be_gone_on_with(
     assert read(tmp_path / "result") == read(rounded)
 
 
+def test_memory_that_runs_out_is_said_and_other_faults_are_not_hidden(
+    model: Path, quantize: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [RuntimeError("can't allocate memory: 9 bytes"), MemoryError()]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.pop()
+
+    monkeypatch.setattr("lowvram.quantize.layers.quantize_layer", fail)
+    for _ in range(2):
+        refused(DoesNotFitError, "go on with --resume", quantize, model, resume=True)
+    errors.append(RuntimeError("a fault"))
+    refused(RuntimeError, "a fault", quantize, model, resume=True)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
