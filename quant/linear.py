@@ -137,11 +137,20 @@ def join(linears: Sequence[nn.Module]) -> None:
         first.absorb(packed[1:])
 
 
+def apply_joined(linears: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """All outputs of joined linears side by side, for x [..., K]; None if they are not joined."""
+    first = linears[0]
+    if not isinstance(first, QuantLinear) or not first.joined:
+        return None
+    out: Tensor = first(x)
+    return out
+
+
 def apply_all(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """The outputs of several linears of one input [..., K]; those of joined ones are views of one
     tensor."""
     first = linears[0]
-    if isinstance(first, QuantLinear) and first.joined:
-        out: Tensor = first(x)
-        return out.split(first.joined, dim=-1)
-    return [linear(x) for linear in linears]
+    together = apply_joined(linears, x)
+    if together is None or not isinstance(first, QuantLinear):
+        return [linear(x) for linear in linears]
+    return together.split(first.joined, dim=-1)

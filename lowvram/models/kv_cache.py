@@ -26,6 +26,8 @@ class KVCache:
         self.data = torch.empty(
             layers, 2, batch, kv_heads, max_tokens, head_dim, dtype=dtype, device=device
         )
+        # Views made once: a step of decoding asks for every layer's.
+        self._views = [layer.unbind(0) for layer in self.data.unbind(0)]
 
     @staticmethod
     def bytes_for(
@@ -45,7 +47,7 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each a view [B, Hkv, max_tokens, D]."""
-        keys, values = self.data[index].unbind(0)
+        keys, values = self._views[index]
         return keys, values
 
     def write(self, index: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,4 +73,5 @@ class KVCache:
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be written after."""
         self.data = self.data.new_empty(0)
+        self._views = []
         self.max_tokens = 0

@@ -11,7 +11,7 @@ from lowvram.models.kv_cache import KVCache
 from lowvram.models.layers import GatedMLP, RMSNorm
 from lowvram.models.linear import LinearFactory
 from lowvram.models.rope import Rope, mrope, rotate
-from lowvram.quant import apply_all, join
+from lowvram.quant import apply_joined, join
 
 
 class SelfAttention(nn.Module):
@@ -19,7 +19,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, linear: LinearFactory, name: str) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
         inner = config.num_attention_heads * config.head_dim
         kv_inner = config.num_key_value_heads * config.head_dim
         self.q_proj = linear(f"{name}.q_proj", config.hidden_size, inner, True)
@@ -28,14 +28,22 @@ class SelfAttention(nn.Module):
         self.o_proj = linear(f"{name}.o_proj", inner, config.hidden_size, False)
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache, index: int, start: int) -> Tensor:
-        projected = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = (self._heads(one) for one in projected)
-        q, k = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = self._project(x, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         keys, values = cache.write(index, start, k, v)
         mixed = attention(q, keys, values, causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned, and values, each [B, T, heads, head_dim]."""
+        together = apply_joined((self.q_proj, self.k_proj, self.v_proj), x)
+        if together is None:
+            q, k, v = (self._heads(one(x)) for one in (self.q_proj, self.k_proj, self.v_proj))
+            return rotate(q, rope), rotate(k, rope), v
+        q_and_k, v = self._heads(together).tensor_split([-self.kv_heads], dim=2)
+        q, k = rotate(q_and_k, rope).tensor_split([-self.kv_heads], dim=2)
+        return q, k, v
 
     def after_load(self) -> None:
         """Packed linears that read the same become one."""

@@ -152,11 +152,12 @@ def _dequantize(packed: Tensor, pairs: Tensor, group: int, scratch: Scratch) -> 
     weights, nibbles = scratch.take(
         packed.device,
         ((inputs, blocks, order.block), torch.bfloat16),
-        ((inputs, blocks, half), torch.uint8),
+        ((blocks, inputs, half), torch.uint8),
     )
-    pieces = packed.view(blocks, inputs, half).transpose(0, 1)
-    weights[..., order.low] = torch.bitwise_and(pieces, 15, out=nibbles)
-    weights[..., order.high] = torch.bitwise_right_shift(pieces, 4, out=nibbles)
+    # Turned only when copied: taking nibbles out is several times faster where they lie.
+    pieces = packed.view(blocks, inputs, half)
+    weights[..., order.low] = torch.bitwise_and(pieces, 15, out=nibbles).transpose(0, 1)
+    weights[..., order.high] = torch.bitwise_right_shift(pieces, 4, out=nibbles).transpose(0, 1)
     grouped = weights.view(inputs // group, group, outputs).sub_(8)
     # Neighbours in memory, or the product is not vectorized.
     scale, offset = pairs.permute(2, 0, 1).contiguous().unsqueeze(2)
