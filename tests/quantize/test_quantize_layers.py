@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from lowvram.models.kv_cache import KVCache
 from lowvram.models.linear import dense
 from lowvram.models.text import Decoder
 from lowvram.offload import open_device
-from lowvram.quant import dequantize
+from lowvram.quant import dequantize, quantize_layer
 from lowvram.quantize import QuantizeSettings, prepare_job
 from lowvram.quantize.activations import Activations
 from lowvram.quantize.layer import LayerRunner, dense_weights, packed_layer, read_layer
@@ -70,6 +72,25 @@ def test_the_inputs_of_every_linear_are_seen(source: Path, tmp_path: Path) -> No
     out = attended + seen["mlp.down_proj"] @ weights["mlp.down_proj.weight"].T
     assert torch.allclose(runner.forward(weights, 0, x), out, atol=1e-5)
     assert len(seen) == 7
+
+
+def test_each_layer_is_fed_by_the_quantized_one_before(
+    source: Path, quantize: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fed: list[torch.Tensor] = []
+    runners: list[Any] = []
+
+    def note(weights: Any, forward: Any, capture: Any, inputs: Any, *rest: Any) -> Any:
+        fed.append(inputs[0].clone())
+        runners.append(forward)
+        return quantize_layer(weights, forward, capture, inputs, *rest)
+
+    monkeypatch.setattr("lowvram.quantize.layers.quantize_layer", note)
+    quantize(source, tmp_path / "result", method="rtn")
+    with resolve(tmp_path / "result").store as store:
+        packed = packed_layer(store, "thinker.model.layers.0.")
+    wanted = runners[0](dense_weights(packed, 128, torch.bfloat16), 0, fed[0])
+    assert torch.equal(fed[1], wanted)
 
 
 def test_a_packed_layer_is_unpacked_by_the_formula(whole: Path) -> None:
