@@ -13,7 +13,10 @@ from torch import Tensor
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.quant import Geometry, LayerResult, SearchSettings, dense_layer, quantize_layer
 from lowvram.quant.search_fold import GROUPS, Fold, expand, tie
-from lowvram.quant.search_grid import nearest
+from lowvram.quant.search_grid import Grid, full_range, grid_of, nearest, onto, values
+from lowvram.quant.search_inputs import Seen, look
+from lowvram.quant.search_ranges import best_ranges
+from lowvram.quant.search_scales import best_scale
 
 LAYER = Layer()
 SEARCH = SearchSettings()
@@ -102,6 +105,67 @@ def test_scales_alone_change_nothing(stored: torch.dtype) -> None:
     for i, x in enumerate(LAYER.inputs(2)):
         expected, got = LAYER.forward(weights, i, x), LAYER.forward(folded, i, x)
         assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+def test_channels_and_items_without_information_do_not_end_the_search() -> None:
+    for kind in ("dead channel", "an input that overflowed"):
+        weights, items = awkward(kind)
+        items[-1][2, 2] = float("nan")
+        result = packed(weights, items)
+        assert result.error_after is not None and result.error_before is not None
+        assert result.error_after < 0.7 * result.error_before, kind
+        assert result.steps[0].tried == "scale and ranges" and result.steps[0].kept, kind
+
+
+def test_weights_that_lie_on_a_grid_get_no_scale(items: list[Tensor]) -> None:
+    draw = torch.Generator().manual_seed(4)
+    weights = LAYER.weights()
+    for name in ("q", "k", "v"):
+        weight = weights[f"self_attn.{name}_proj.weight"]
+        weight.copy_(torch.randint(-8, 8, weight.shape, generator=draw))
+        weight[:, ::128], weight[:, 1::128] = -8, 7
+    fold = Fold(weights, LAYER.geometry, torch.float32)
+    seen = look(weights, LAYER.capture, Items(items, 2), SEARCH)["qkv"]
+    assert best_scale("qkv", fold, seen, 128, 20) is None
+    assert (
+        best_scale("qkv", Fold(LAYER.weights(), LAYER.geometry, torch.float32), seen, 128, 20)
+        is not None
+    )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_ends_of_a_range_are_found_independently(sign: int) -> None:
+    """As good as trying all pairs of ends, where one end is heavy and the other is not."""
+    draw = torch.Generator().manual_seed(6)
+    weight = torch.rand(256, 64, generator=draw) - 0.5
+    weight[:, 3] = 0.6 + 0.3 * torch.rand(256, generator=draw)
+    weight *= sign
+    x = torch.randn(500, 64, generator=draw) * torch.exp(torch.randn(64, generator=draw))
+    grams = (x.T @ x / len(x)).unsqueeze(0)
+
+    def error(grid: Grid) -> Tensor:
+        change = values(onto(weight.view(256, 1, 64), grid), grid).view(256, 64) - weight
+        return torch.einsum("ni,ij,nj->n", change, grams[0], change)
+
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    shares = [0.6 + 0.05 * i for i in range(11)]
+    pairs = [error(grid_of(low * a, high * b)) for a in shares for b in shares]
+    best, full = torch.stack(pairs).amin(0).mean(), error(full_range(weight, 64)).mean()
+    found = error(best_ranges(weight, 64, grams)).mean()
+    assert found < 1.047 * best and best < 0.8 * full
+
+
+def test_products_of_scaled_inputs() -> None:
+    draw = torch.Generator().manual_seed(5)
+    x, scale = torch.randn(30, 64, generator=draw), torch.rand(64, generator=draw) + 0.1
+
+    def products(x: Tensor) -> Tensor:
+        grouped = x.view(30, 2, 32)
+        return torch.einsum("tgi,tgj->gij", grouped, grouped)
+
+    seen = Seen(x.abs().mean(0), products(x), x, x)
+    assert torch.allclose(seen.grams_of(scale), products(x / scale), rtol=1e-3, atol=1e-2)
+    assert torch.equal(seen.rows_of(scale), x / scale)
 
 
 def test_query_heads_that_share_a_value_head_share_its_scales() -> None:
