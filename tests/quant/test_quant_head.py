@@ -58,6 +58,7 @@ def test_a_request_reports_its_error_and_keeps_its_plan(
         report = omni.generate(WORDS, **options).report  # type: ignore[arg-type]
         again = omni.generate(WORDS, **options).report  # type: ignore[arg-type]
     assert any(reason.startswith(f"{allow}: ") for reason in plan.reasons)
+    assert any(reason.startswith("packed linears, cpu: bfloat16") for reason in plain.reasons)
     assert plan.phase("decode").parts["weights"] < plain.phase("decode").parts["weights"]
     for row in (*report.phases, *again.phases):
         assert 0 < row.measured_peak_bytes <= row.predicted_peak_bytes
