@@ -302,8 +302,9 @@ def test_the_seed_chooses_the_tokens(items: list[Tensor]) -> None:
 
 def test_the_number_of_threads_changes_next_to_nothing() -> None:
     layer = Layer(128, 256, Geometry(heads=2, kv_heads=1, head_dim=64))
-    weights, inputs = layer.weights(), Items(layer.inputs(4, 64))
-    arguments = (weights, layer.forward, layer.capture, inputs, layer.geometry, SEARCH)
+    weights, inputs = layer.weights(), Items(layer.inputs(3, 32))
+    quick = SearchSettings(grid=4, clip=False)
+    arguments = (weights, layer.forward, layer.capture, inputs, layer.geometry, quick)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
