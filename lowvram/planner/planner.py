@@ -7,7 +7,7 @@ those, the one that vocodes while the Talker still draws codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +24,14 @@ from lowvram.planner.device import (
 )
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
-from lowvram.quant import choose_head, head_bytes, head_loading_bytes, preferred_kernel
+from lowvram.quant import (
+    HeadChoice,
+    KernelName,
+    choose_head,
+    head_bytes,
+    head_loading_bytes,
+    preferred_kernel,
+)
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -104,18 +111,12 @@ def make_plan(
     text = checkpoint.config.thinker.text
     check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
     packed = preferred_kernel(facts.type, dtype.name, kernel)
-    weights: dict[str, int] = {
-        m: checkpoint.part_bytes(m, ITEMSIZE[dtype.name], packed.name) for m in MODULES
-    }
     head = choose_head(allow, packed.name, text.hidden_size, text.vocab_size)
-    loading = 0
-    if head is not None and head.bits is not None:
-        size = (text.hidden_size, text.vocab_size)
-        weights["text"] += head_bytes(*size, head.bits) - math.prod(size) * ITEMSIZE[dtype.name]
-        loading = head_loading_bytes(*size)
+    weights = _weights(checkpoint, dtype.name, packed.name, head)
+
+    loading = head_loading_bytes(text.hidden_size, text.vocab_size) if head and head.bits else 0
 
     def choose(changed: GenerationSettings) -> list[Choice]:
-        on_host = facts.type == "cpu"
         phases = request_phases(
             checkpoint,
             shape,
@@ -123,25 +124,28 @@ def make_plan(
             dtype=dtype.name,
             kernel=packed.name,
             head_loading=loading,
-            host_is_device=on_host,
+            host_is_device=facts.type == "cpu",
         )
         return list(_choices(phases, weights, facts, on_device))
 
     choices = choose(settings)
-    smallest = min(choice.peak for choice in choices)
+    minimum = minimum_budget(min(choice.peak for choice in choices))
+    used = {module for row in choices[0].rows for module in row.modules}
     room = budget.budget_bytes - budget.guard_bytes
     fitting = [choice for choice in choices if choice.peak <= room]
-    used = {module for row in choices[0].rows for module in row.modules}
-    if fitting:
-        best = max(fitting, key=lambda c: _worth(c, used, weights))
-        knobs = {}
-    else:
-        best = min(choices, key=lambda c: c.peak)
-        knobs = {
-            knob: minimum_budget(min(choice.peak for choice in choose(changed)))
-            for knob, changed in _knobs(settings)
-        }
-    minimum = minimum_budget(smallest)
+    best = (
+        max(fitting, key=lambda c: _worth(c, used, weights))
+        if fitting
+        else min(choices, key=lambda c: c.peak)
+    )
+    reasons = [
+        *_reasons(best, used, weights, facts, budget, minimum, allow),
+        f"{dtype.name}: {dtype.reason}",
+    ]
+    if checkpoint.packed:
+        reasons.append(f"packed linears, {packed.name}: {packed.reason}")
+    if head is not None:
+        reasons.append(head.reason)
     return Plan(
         fits=bool(fitting),
         model=checkpoint.name,
@@ -155,14 +159,35 @@ def make_plan(
         phases=best.rows,
         residency=_residency(best, used),
         bytes_to_move=sum(weights[m] for m in used - (on_device & best.resident)),
-        reasons=(
-            *_reasons(best, used, weights, facts, budget, minimum, allow),
-            f"{dtype.name}: {dtype.reason}",
-            *([f"packed linears, {packed.name}: {packed.reason}"] if checkpoint.packed else []),
-            *([head.reason] if head else []),
-        ),
-        knobs={knob: size for knob, size in knobs.items() if size < minimum},
+        reasons=tuple(reasons),
+        knobs={} if fitting else _cheaper(settings, choose, minimum),
     )
+
+
+def _weights(
+    checkpoint: Checkpoint, dtype: str, kernel: KernelName, head: HeadChoice | None
+) -> dict[str, int]:
+    """Bytes of every module on the device."""
+    size = ITEMSIZE[dtype]
+    weights: dict[str, int] = {m: checkpoint.part_bytes(m, size, kernel) for m in MODULES}
+    if head is not None and head.bits is not None:
+        text = checkpoint.config.thinker.text
+        shape = (text.hidden_size, text.vocab_size)
+        weights["text"] += head_bytes(*shape, head.bits) - math.prod(shape) * size
+    return weights
+
+
+def _cheaper(
+    settings: GenerationSettings,
+    choose: Callable[[GenerationSettings], list[Choice]],
+    minimum: int,
+) -> dict[str, int]:
+    """The smallest budget with each change that would need less than `minimum`, by flag."""
+    needed = {
+        knob: minimum_budget(min(choice.peak for choice in choose(changed)))
+        for knob, changed in _knobs(settings)
+    }
+    return {knob: size for knob, size in needed.items() if size < minimum}
 
 
 def _knobs(settings: GenerationSettings) -> Iterator[tuple[str, GenerationSettings]]:
