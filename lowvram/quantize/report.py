@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,12 +84,14 @@ def draw_errors(path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
     """Bars for each layer: grey is the error of rounding to nearest, blue that of the result."""
     from PIL import Image, ImageDraw
 
+    title = "held-out error of each layer: rounded (grey), result (blue)"
     rows = [_pair(layer) for layer in layers]
-    width = 2 * _MARGIN + max(200, len(rows) * (2 * _BAR + 4))
+    needed = math.ceil(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title))
+    width = 2 * _MARGIN + max(needed, len(rows) * (2 * _BAR + 4))
     image = Image.new("RGB", (width, _SIZE), "white")
     pen = ImageDraw.Draw(image)
     floor, most = _SIZE - _MARGIN, max((max(row) for row in rows), default=0.0) or 1.0
-    pen.text((_MARGIN, 10), "held-out error of each layer: rounded (grey), result (blue)", "black")
+    pen.text((_MARGIN, 10), title, "black")
     pen.line((_MARGIN, floor, width - _MARGIN, floor), "black")
     pen.text((4, _MARGIN - 6), f"{most:.2g}", "black")
     pen.text((4, floor - 6), "0", "black")
