@@ -164,6 +164,8 @@ class Run:
                 yield from self._vocode(stream, self._talk(speech))
             return
         codes = list(self._talk(speech))
+        # On the CPU these states count, and the vocoder's phase has no room planned for them.
+        del speech
         with ExitStack() as stack:
             with self.context.phase("vocode"):
                 stream = self._open_stream(stack)

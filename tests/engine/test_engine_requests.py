@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lowvram import (
     TextDelta,
     UsageError,
 )
+from lowvram.engine import run
+from lowvram.engine.vocode import SpeechStream
 from lowvram.models.text import ThinkerText
 from lowvram.offload import Store
 from lowvram.parts import Kernel
@@ -126,6 +129,31 @@ def test_on_demand_modules_are_gone_after_the_request(folder: Path) -> None:
             m for m, where in plan.residency.items() if where == "resident"
         }
         assert "on demand" in plan.residency.values()
+
+
+def test_the_talkers_states_are_gone_before_staged_speech_is_vocoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LowVRAMOmni.from_pretrained(folder, device="cpu") as omni:
+        minimum = omni.plan(EVERYTHING, **SHORT).minimum_budget_bytes
+    states: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    talk, push = run.talk, SpeechStream.push
+
+    def watched(*args: Any, **kwargs: Any) -> Iterator[int]:
+        states.append(weakref.ref(args[4].prompt_states))
+        return talk(*args, **kwargs)
+
+    def pushed(self: SpeechStream, codes: Any) -> Any:
+        alive.append(states[0]() is not None)
+        return push(self, codes)
+
+    monkeypatch.setattr(run, "talk", watched)
+    monkeypatch.setattr(SpeechStream, "push", pushed)
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=minimum) as omni:
+        assert omni.plan(EVERYTHING, **SHORT).phases[-1].name == "vocode"
+        omni.generate(EVERYTHING, **SHORT)
+    assert alive and not any(alive)
 
 
 def test_streamed_events_are_the_result(omni: LowVRAMOmni) -> None:
