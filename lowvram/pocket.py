@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,15 +228,14 @@ def _is_whole(folder: Path) -> bool:
 def _tensors(config: OmniConfig, seed: int, awq: Awq, dtype: str) -> Iterator[tuple[str, Stored]]:
     packed = thinker_linears(config.thinker) if awq else {}
     for name, shape in expected_tensors(config).items():
-        weights = draw(name, shape, seed)
         linear = name.removesuffix(".weight")
         if linear in packed and name != linear:
             assert config.quant is not None
             group = config.quant.group_size
-            yield from _packed(linear, quantize(weights, group), group, awq)
+            yield from _packed(linear, quantize(draw(name, shape, seed), group), group, awq)
         else:
             plain = "float32" if part_of(name) == "token2wav" and not awq else dtype
-            yield name, Stored(plain, shape, to_bytes(weights, plain))
+            yield name, Stored(plain, shape, partial(_drawn, name, shape, seed, plain))
 
 
 def _packed(linear: str, packed: Packed, group: int, awq: Awq) -> Iterator[tuple[str, Stored]]:
@@ -247,8 +247,12 @@ def _packed(linear: str, packed: Packed, group: int, awq: Awq) -> Iterator[tuple
     yield f"{linear}.scales", _stored(packed.scales, "float16")
 
 
+def _drawn(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> bytes:
+    return to_bytes(draw(name, shape, seed), dtype)
+
+
 def _stored(values: Array, dtype: str) -> Stored:
-    return Stored(dtype, values.shape, to_bytes(values, dtype))
+    return Stored(dtype, values.shape, partial(to_bytes, values, dtype))
 
 
 def _write_side_files(folder: Path, config: OmniConfig, seed: int) -> None:

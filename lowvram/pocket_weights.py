@@ -13,7 +13,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,16 @@ def to_bytes(values: Array, dtype: str) -> bytes:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as it goes into a file: type (as in `config.json`), shape, bytes."""
+    """One tensor as it goes into a file: type (as in `config.json`), shape, and its bytes, made
+    when they are written: a checkpoint need not fit into memory."""
 
     dtype: str
     shape: Shape
-    data: bytes
+    data: Callable[[], bytes]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (2 if self.dtype in ("bfloat16", "float16") else 4)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
@@ -131,7 +136,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + len(tensor.data)
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -143,7 +148,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        file.writelines(tensor.data for tensor in tensors.values())
+        file.writelines(tensor.data() for tensor in tensors.values())
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], shards: int) -> None:
@@ -151,12 +156,12 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], shards: int) -
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors)
         return
-    total = sum(len(tensor.data) for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     pieces: list[dict[str, Stored]] = [{} for _ in range(shards)]
     done = 0
     for name, tensor in tensors.items():
         pieces[min(done * shards // total, shards - 1)][name] = tensor
-        done += len(tensor.data)
+        done += tensor.nbytes
     where: dict[str, str] = {}
     for index, piece in enumerate(pieces, start=1):
         file = f"model-{index:05d}-of-{shards:05d}.safetensors"
