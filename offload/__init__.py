@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .budget import Budget, format_size, guard_bytes, parse_size
     from .device import Device, open_device
-    from .loader import Loader, Part
+    from .exhaustion import out_of_memory
+    from .lane import CopyLane, Mark
+    from .loader import Loader
     from .meter import Meter, PhaseMeasure, TimelinePoint
+    from .part import Part
+    from .placement import Placement, blob_bytes
     from .probe import (
         DeviceInfo,
         default_device,
@@ -22,24 +26,31 @@ if TYPE_CHECKING:
         parse_device,
     )
     from .store import Store, TensorInfo, torch_dtype
+    from .stream import UnitStream
 
 __all__ = [
     "Budget",
+    "CopyLane",
     "Device",
     "DeviceInfo",
     "Loader",
+    "Mark",
     "Meter",
     "Part",
     "PhaseMeasure",
+    "Placement",
     "Store",
     "TensorInfo",
     "TimelinePoint",
+    "UnitStream",
+    "blob_bytes",
     "default_device",
     "defer_npu_autoload",
     "devices",
     "format_size",
     "guard_bytes",
     "open_device",
+    "out_of_memory",
     "parse_device",
     "parse_size",
     "torch_dtype",
@@ -48,10 +59,15 @@ __all__ = [
 _HOME = {
     "budget": ("Budget", "format_size", "guard_bytes", "parse_size"),
     "device": ("Device", "open_device"),
-    "loader": ("Loader", "Part"),
+    "exhaustion": ("out_of_memory",),
+    "lane": ("CopyLane", "Mark"),
+    "loader": ("Loader",),
     "meter": ("Meter", "PhaseMeasure", "TimelinePoint"),
+    "part": ("Part",),
+    "placement": ("Placement", "blob_bytes"),
     "probe": ("DeviceInfo", "default_device", "defer_npu_autoload", "devices", "parse_device"),
     "store": ("Store", "TensorInfo", "torch_dtype"),
+    "stream": ("UnitStream",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

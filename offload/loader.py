@@ -6,7 +6,7 @@ The file is the home of the weights and the device a cache: nothing is ever copi
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,25 +20,11 @@ from lowvram.errors import CheckpointError
 from .device import Device
 from .header import shown
 from .meter import Meter
+from .part import Part
+from .placement import Placement
 from .staging import Staging
 from .store import Store, torch_dtype
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module that is loaded and dropped as one.
-
-    `build` makes it with parameters named as in the checkpoint after `prefix`; it is called once,
-    on the meta device. Floating-point tensors get `dtype`, unless a submodule pins one of its own
-    with `stored_dtypes: dict[str, torch.dtype]` (by its parameter's or buffer's name). Integers
-    keep the type they were built with. After each load `after_load()` of every submodule that has
-    one runs; tensors it makes must be parameters or buffers, which a drop undoes.
-    """
-
-    name: str
-    prefix: str
-    build: Callable[[], nn.Module]
-    dtype: torch.dtype
+from .stream import UnitStream
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ class Loader:
         if store is None and device.type != "meta":
             raise ValueError(f"a loader on {device.name} needs a store to load from")
 
-    def load(self, name: str) -> nn.Module:
+    def load(self, name: str, placement: Placement | None = None) -> nn.Module:
         """The part, on the device. Nothing is done if it is there already.
 
         Raises `CheckpointError` if the store lacks one of its tensors or holds it in another shape
@@ -193,13 +179,17 @@ class Loader:
         self._device.empty_cache()
 
     @contextmanager
-    def use(self, name: str, keep: bool) -> Iterator[nn.Module]:
+    def use(self, name: str, keep: bool, placement: Placement | None = None) -> Iterator[nn.Module]:
         """The part, loaded inside the block, and dropped after it unless `keep`."""
         try:
-            yield self.load(name)
+            yield self.load(name, placement)
         finally:
             if not keep:
                 self.drop(name)
+
+    def stream(self, name: str) -> UnitStream:
+        """The units of a part that is loaded."""
+        return UnitStream(self._parts[name].units(self._resident[name]))
 
     def nbytes(self, name: str) -> int:
         """Bytes the part's tensors take on the device as they are stored; loads nothing."""
