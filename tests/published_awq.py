@@ -2,7 +2,8 @@
 
 Twenty ratios with both magnitudes and no plain candidate; loss on the module's output; the output
 projection is left out for grouped-query attention; the ends of the ranges are shrunk together, and
-not for q and k.
+not for q and k. All searches see the layer as it was; the file is rounded in float16. `make
+interop` holds each step against the package itself.
 """
 
 from __future__ import annotations
@@ -21,13 +22,24 @@ Module = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def on_grid(weight: Tensor, group: int) -> Tensor:
-    """Weights [N, K] rounded to four bits with float16 steps, as its file will hold them."""
-    grouped = weight.reshape(-1, group)
+    """Weights [N, K] rounded to four bits, as the searches see them."""
+    return _rounded(weight.reshape(-1, group))[0].view_as(weight)
+
+
+def as_stored(weight: Tensor, group: int) -> Tensor:
+    """Float32 values of the file that it makes of weights [N, K]: rounded twice, in float16."""
+    first, steps, zeros = _rounded(weight.half().reshape(-1, group))
+    q = torch.round((first + zeros * steps) / steps)
+    return ((q.float() - zeros.float()) * steps.float()).view_as(weight)
+
+
+def _rounded(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups [.., g] -> the nearest of their sixteen values, steps and zero points."""
     low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
     steps = (high - low).clamp(min=1e-5) / 15
     zeros = (-torch.round(low / steps)).clamp(0, 15)
     q = (torch.round(grouped / steps) + zeros).clamp(0, 15)
-    return ((q - zeros) * steps.half().float()).view_as(weight)
+    return (q - zeros) * steps, steps, zeros
 
 
 def best_scale(
@@ -110,5 +122,5 @@ def published_awq(
         weight = out[f"{name}.weight"]
         if name[-6] not in "qk":
             weight = clipped(weight, x, group)
-        out[f"{name}.weight"] = on_grid(weight, group)
+        out[f"{name}.weight"] = as_stored(weight, group)
     return out
