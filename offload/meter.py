@@ -11,10 +11,9 @@ import torch
 
 from .device import Device
 from .ledger import StorageLedger
+from .timeline import Timeline, TimelinePoint
 
 OWNERS = ("weights", "slabs", "kv", "carry", "activations", "workspace")
-TIMELINE_POINTS = 1024
-"""The timeline's bound: above it every other point is dropped."""
 
 _LEDGER_DEVICES = ("cpu", "meta")
 
@@ -31,15 +30,6 @@ class PhaseMeasure:
     seconds: float
     peak_bytes: int
     peak_by_owner: dict[str, int]
-
-
-@dataclass(frozen=True)
-class TimelinePoint:
-    """Bytes by owner at `seconds` after the start, in `phase` ("" between phases)."""
-
-    seconds: float
-    phase: str
-    bytes_by_owner: dict[str, int]
 
 
 @dataclass
@@ -78,8 +68,9 @@ class Meter:
         """Begin a new request: phases and timeline are forgotten, what is held stays."""
         self._phases: dict[str, _Phase] = {}
         self._start = time.perf_counter()
-        self._timeline: list[TimelinePoint] = []
-        self._mark(self._held_by_owner)
+        self._timeline = Timeline(self._context)
+        self._left: float | None = None  # when the last phase was left
+        self._draw()
 
     def hold(self, owner: str, key: str, nbytes: int, tensors: Iterable[torch.Tensor] = ()) -> None:
         """`owner` has `nbytes` on the device under `key`, instead of any before, until `release`.
@@ -129,10 +120,10 @@ class Meter:
         phase.entries += 1
         n = phase.entries
         sampled = not stepwise or n <= 3 or n & (n - 1) == 0
-        self._inside, self._peak = name, 0
+        if self._timeline.phase != name:
+            self._leave()
+        self._inside, self._peak, self._left = name, 0, None
         self._note_peak()
-        if self._timeline[-1].phase != name:
-            self._mark(self._held_by_owner)
         start = time.perf_counter()
         try:
             if self._has_ledger and sampled:
@@ -160,8 +151,10 @@ class Meter:
         peak = sum(by_owner.values())
         if peak > phase.peak or phase.entries == 1:
             phase.peak, phase.by_owner = peak, by_owner
-            self._mark(by_owner)
+        if not self._has_ledger:
+            self._timeline.lift(rest)
         self._ledger, self._inside = None, ""
+        self._left = self._now()
 
     @property
     def phases(self) -> list[PhaseMeasure]:
@@ -173,28 +166,43 @@ class Meter:
 
     @property
     def timeline(self) -> list[TimelinePoint]:
-        """What was held when a phase began and when that changed, and the peaks in between."""
-        return list(self._timeline)
+        """What was held from the start until now, at most in each short stretch."""
+        self._leave()
+        self._draw()
+        return self._timeline.points()
 
     def _set_held(self, held: dict[tuple[str, str], int]) -> None:
+        if not self._inside:
+            self._leave()
         by_owner: dict[str, int] = {}
         for (owner, _), nbytes in held.items():
             by_owner[owner] = by_owner.get(owner, 0) + nbytes
-        changed = by_owner != self._held_by_owner
+        changed = held != self._held
         self._held, self._held_by_owner = held, by_owner
         self._held_bytes = sum(held.values())
         if changed:
-            self._mark(by_owner)
+            self._draw()
 
     def _note_peak(self) -> None:
-        live = self._ledger.live_bytes if self._ledger else 0
-        total = self._context + self._held_bytes + live
+        total = self._context + self._held_bytes + self._live
         # The last of equal peaks: tensors just handed to an owner are no longer activations.
         if total >= self._peak:
             self._peak, self._peak_held = total, self._held_by_owner
+        self._draw()
 
-    def _mark(self, by_owner: dict[str, int]) -> None:
-        if len(self._timeline) >= TIMELINE_POINTS:
-            del self._timeline[1::2]
-        seconds = time.perf_counter() - self._start
-        self._timeline.append(TimelinePoint(seconds, self._inside, dict(by_owner)))
+    @property
+    def _live(self) -> int:
+        return self._ledger.live_bytes if self._ledger else 0
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _draw(self) -> None:
+        """What is held now goes into the timeline."""
+        self._timeline.note(self._now(), self._inside, self._held, self._held_bytes, self._live)
+
+    def _leave(self) -> None:
+        """The last phase is over: its activations are gone. Not told where another follows."""
+        left, self._left = self._left, None
+        if left is not None and self._now() - left >= self._timeline.step:
+            self._timeline.note(left, "", self._held, self._held_bytes, 0)

@@ -264,38 +264,55 @@ def test_a_new_request_forgets_the_phases_and_keeps_what_is_held(device: Device)
     assert [p.name for p in meter.phases] == ["vision"]
 
 
-def test_the_timeline_tells_when_what_was_held(device: Device) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the meter sees; every look takes a tenth of one."""
+    seconds = [0.0]
+
+    def look() -> float:
+        seconds[0] += 0.1
+        return seconds[0]
+
+    monkeypatch.setattr(meter_module.time, "perf_counter", look)
+    return seconds
+
+
+def test_the_timeline_tells_when_what_was_held(device: Device, clock: list[float]) -> None:
     meter = Meter(device)
     with meter.phase("vision"):
         meter.hold("weights", "visual", 500)
         kept = block(20, device)
         meter.release("weights", "visual")
     with meter.phase("prefill"):
-        meter.hold("kv", "text", 7)
+        meter.hold("kv", "thinker", 7)
+        meter.hold("kv", "talker", 3)
     points = [(p.phase, p.bytes_by_owner) for p in meter.timeline]
-    assert points == [
+    levels = [point for i, point in enumerate(points) if point != points[i - 1]]
+    assert levels == [
         ("", {}),
         ("vision", {}),
         ("vision", {"weights": 500}),
-        ("vision", {}),
         ("vision", {"weights": 500, "activations": 20}),
+        ("vision", {"activations": 20}),
+        ("", {}),
         ("prefill", {}),
         ("prefill", {"kv": 7}),
-        ("prefill", {"kv": 7, "activations": 0}),
+        ("prefill", {"kv": 10}),
+        ("", {"kv": 10}),
     ]
+    assert meter.timeline[-1].bytes_by_key == {"kv": {"thinker": 7, "talker": 3}}
     seconds = [p.seconds for p in meter.timeline]
     assert seconds == sorted(seconds)
     assert kept.nbytes == 20
 
 
-def test_the_timeline_is_bounded(device: Device) -> None:
+def test_many_entries_of_one_phase_are_one_stretch_of_it(device: Device) -> None:
     meter = Meter(device)
-    for i in range(3 * meter_module.TIMELINE_POINTS):
-        meter.hold("kv", "text", i + 1)
-    points = meter.timeline
-    assert len(points) <= meter_module.TIMELINE_POINTS
-    assert points[0].bytes_by_owner == {}
-    assert points[-1].bytes_by_owner == {"kv": 3 * meter_module.TIMELINE_POINTS}
+    for _ in range(40):
+        with meter.phase("decode", stepwise=True):
+            block(5, device)
+    told = [p.phase for p in meter.timeline]
+    assert told[0] == "" and set(told[1:-1]) <= {"decode"}
 
 
 class Card:
