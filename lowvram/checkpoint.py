@@ -7,7 +7,6 @@ transformers.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,12 +17,10 @@ from lowvram import hub, pocket
 from lowvram.config import OmniConfig, QuantConfig
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.offload import Store
-from lowvram.quant import KernelName, linear_bytes, loading_bytes, scratch_bytes
 from lowvram.specs import POCKET, SPECS, find_spec
 from lowvram.tensors import (
     EMBED_NAME,
     SPEECH_PARTS,
-    Part,
     Shape,
     expected_tensors,
     is_packed,
@@ -111,45 +108,10 @@ class Checkpoint:
     def _expected(self) -> dict[str, Shape]:
         return expected_tensors(self.config, self.quantized)
 
-    def part_bytes(self, part: Part, itemsize: int, kernel: KernelName = "reference") -> int:
-        """Bytes of a part on the device when its weights are held at `itemsize` bytes each.
-
-        Token2wav is always float32. Packed linears take what `kernel` holds of them.
-        """
-        size = 4 if part == "token2wav" else itemsize
-        group = self.config.quant.group_size if self.config.quant else 1
-        total = 0
-        for name, shape in self._expected.items():
-            linear, _, kind = name.rpartition(".")
-            if part_of(name) != part or (linear in self._packed and kind in ("qzeros", "scales")):
-                continue
-            if kind == "qweight":
-                total += linear_bytes(shape[0], shape[1] * 8, group, kernel)
-            else:
-                total += math.prod(shape) * size
-        return total
-
     @property
     def packed(self) -> bool:
         """Whether linears of the text model are packed."""
         return bool(self._packed)
-
-    def packed_workspace_bytes(self, kernel: KernelName) -> int:
-        """Bytes that loading the packed linears and computing with them takes besides them, at
-        most; 0 where none is packed."""
-        group = self.config.quant.group_size if self.config.quant else 1
-        joined: dict[tuple[str, int], int] = {}  # those of one block and input may be joined
-        for name, (inputs, outputs, _) in thinker_linears(self.config.thinker).items():
-            if self.quantized(name):
-                block = name.rpartition(".")[0], inputs
-                joined[block] = joined.get(block, 0) + outputs
-        return max(
-            (
-                max(scratch_bytes(i, o, kernel), loading_bytes(i, o, group, kernel))
-                for (_, i), o in joined.items()
-            ),
-            default=0,
-        )
 
     @property
     def voices(self) -> tuple[str, ...]:

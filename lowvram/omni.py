@@ -28,6 +28,7 @@ from lowvram.planner import (
     check_options,
     decide_budget,
     make_plan,
+    model_facts,
     resolve_dtype,
 )
 from lowvram.quant import HeadBits, Scratch, choose_head, preferred_kernel
@@ -267,7 +268,7 @@ class LowVRAMOmni:
 
     def _plan(self, shape: PromptShape, settings: GenerationSettings) -> Plan:
         return make_plan(
-            self.checkpoint,
+            model_facts(self.checkpoint, speech=self._speech),
             shape,
             settings,
             facts=self._facts,

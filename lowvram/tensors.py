@@ -28,6 +28,7 @@ PARTS: tuple[Part, ...] = ("embed", "visual", "audio", "text", "talker", "token2
 SPEECH_PARTS: tuple[Part, ...] = ("talker", "token2wav")
 
 EMBED_NAME = "thinker.model.embed_tokens.weight"
+HEAD_NAME = "thinker.lm_head.weight"
 AWQ_PACK = 8
 """4-bit values in one int32 of a packed tensor."""
 
@@ -93,6 +94,20 @@ def expected_tensors(
     if config.bigvgan is not None:
         found |= _bigvgan(config.bigvgan)
     return found
+
+
+_LAYERS: tuple[tuple[str, Part], ...] = (
+    ("thinker.model.layers.", "text"),
+    ("talker.model.layers.", "talker"),
+)
+
+
+def layer_of(name: str) -> tuple[Part, int] | None:
+    """The part and number of the decoder layer that a tensor belongs to; None outside of one."""
+    for prefix, part in _LAYERS:
+        if name.startswith(prefix):
+            return part, int(name[len(prefix) :].partition(".")[0])
+    return None
 
 
 def part_bytes(tensors: Mapping[str, Shape], itemsize: Callable[[str], int]) -> dict[Part, int]:

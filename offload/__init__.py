@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .budget import Budget, format_size, guard_bytes, parse_size
     from .device import Device, open_device
     from .exhaustion import out_of_memory
+    from .host import host_memory
     from .lane import CopyLane, Mark
     from .loader import Loader
     from .meter import Meter, PhaseMeasure, TimelinePoint
@@ -49,6 +50,7 @@ __all__ = [
     "devices",
     "format_size",
     "guard_bytes",
+    "host_memory",
     "open_device",
     "out_of_memory",
     "parse_device",
@@ -60,6 +62,7 @@ _HOME = {
     "budget": ("Budget", "format_size", "guard_bytes", "parse_size"),
     "device": ("Device", "open_device"),
     "exhaustion": ("out_of_memory",),
+    "host": ("host_memory",),
     "lane": ("CopyLane", "Mark"),
     "loader": ("Loader",),
     "meter": ("Meter", "PhaseMeasure", "TimelinePoint"),

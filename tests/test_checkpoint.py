@@ -20,7 +20,6 @@ from lowvram.checkpoint import Checkpoint, Difference, resolve
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.pocket import REPLY_TOKENS, SPEECH_CODES, make_checkpoint
 from lowvram.pocket_vocabulary import special_ids
-from lowvram.tensors import PARTS
 
 UP = "thinker.model.layers.0.mlp.up_proj"
 
@@ -75,29 +74,6 @@ def test_sharded_and_mute(tmp_path: Path, awq: bool) -> None:
     assert checkpoint.load_voices() == {} and checkpoint.generation.codec_end_ids == ()
     with pytest.raises(UsageError, match="does not speak"):
         checkpoint.check_speaker(None)
-
-
-def test_bytes_of_parts(whole: Checkpoint, packed: Checkpoint) -> None:
-    stored = dict.fromkeys(PARTS, 0)
-    for name in whole.store.names():
-        part = "embed" if "thinker.model.embed" in name else name.split(".")[0]
-        part = {"thinker": name.split(".")[1], "talker": "talker"}.get(part, part)
-        part = {"audio_tower": "audio", "model": "text", "lm_head": "text"}.get(part, part)
-        stored[part] += whole.store.info(name).nbytes  # type: ignore[index]
-    assert {part: whole.part_bytes(part, 2) for part in PARTS} == stored
-    assert whole.part_bytes("text", 4) == 2 * stored["text"]
-    assert whole.part_bytes("token2wav", 2) == whole.part_bytes("token2wav", 4)
-    text = sum(
-        packed.store.info(name).nbytes
-        for name in packed.store.names()
-        if name.startswith(("thinker.model.layers", "thinker.model.norm", "thinker.lm_head"))
-    )
-    assert packed.part_bytes("text", 2) == text
-    groups = sum(
-        packed.store.info(n).nbytes // 2 for n in packed.store.names() if n.endswith(".scales")
-    )
-    # The fast kernel keeps a 16-bit offset for each group in place of a 4-bit zero point.
-    assert packed.part_bytes("text", 2, "cpu") == text + groups * 2 - groups // 2
 
 
 @pytest.mark.parametrize(
@@ -361,7 +337,7 @@ def test_what_can_go_wrong_at_the_hub(
 def test_opening_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from lowvram.checkpoint import resolve; c = resolve('pocket');"
-        "c.check(); c.voices; c.generation; c.tokenizer(); c.preprocessor; c.part_bytes('text', 2);"
+        "c.check(); c.voices; c.generation; c.tokenizer(); c.preprocessor; c.stored_dtype;"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -32,7 +32,7 @@ def make_plan(request: Request) -> Plan:
         UsageError, DeviceError, CheckpointError, MediaError: as their messages say.
     """
     from lowvram.conversation import measure
-    from lowvram.planner import plan_request
+    from lowvram.planner import model_facts, plan_request
 
     checkpoint = request.find_checkpoint()
     request = request.suited_to(checkpoint)
@@ -46,7 +46,7 @@ def make_plan(request: Request) -> Plan:
         preprocessor=checkpoint.preprocessor,
     )
     return plan_request(
-        checkpoint,
+        model_facts(checkpoint, speech=generation.speech),
         shape,
         generation,
         device=request.device,

@@ -7,6 +7,7 @@ from lowvram.planner.device import (
     probe_device,
     resolve_dtype,
 )
+from lowvram.planner.model import ModelFacts, config_facts, model_facts
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.planner.planner import OPTIONS, check_options, make_plan, plan_request
 
@@ -14,11 +15,14 @@ __all__ = [
     "OPTIONS",
     "DeviceFacts",
     "DtypeChoice",
+    "ModelFacts",
     "PhasePlan",
     "Plan",
     "check_options",
+    "config_facts",
     "decide_budget",
     "make_plan",
+    "model_facts",
     "plan_request",
     "probe_device",
     "resolve_dtype",

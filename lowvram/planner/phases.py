@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
-from lowvram.quant import KernelName
+from lowvram.planner.model import ModelFacts, PartSizes
 from lowvram.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from lowvram.checkpoint import Checkpoint
     from lowvram.conversation import PromptShape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -41,22 +40,22 @@ class PhaseLoad:
 
 
 def request_phases(
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     shape: PromptShape,
     settings: GenerationSettings,
     *,
     dtype: str,
-    kernel: KernelName,
+    text_sizes: PartSizes,
     head_loading: int = 0,
     host_is_device: bool,
 ) -> list[PhaseLoad]:
     """The phases of one request, in order.
 
     `host_is_device`: on the CPU the prompt's embeddings and states count against the budget; else
-    they wait on the host and cost the device nothing. `kernel` is that of packed linears;
-    `head_loading` what loading a rounded head takes besides it.
+    they wait on the host and cost the device nothing.
+    `head_loading` is what loading a rounded head takes besides it.
     """
-    config = checkpoint.config
+    config = model.config
     text = config.thinker.text
     size = ITEMSIZE[dtype]
     tokens, reply = shape.tokens, settings.tokens
@@ -78,7 +77,7 @@ def request_phases(
         phases.append(PhaseLoad("audio", ("audio",), carry=prompt + states, activations=work))
     kv = laws.kv_bytes(text, tokens + reply, size)
     work = laws.prefill_bytes(text, tokens, size)
-    scratch = checkpoint.packed_workspace_bytes(kernel)
+    scratch = max(text_sizes.scratch, text_sizes.loading)
     loading = scratch + head_loading
     phases.append(PhaseLoad("prefill", ("text",), kv, loading, prompt + states, work))
     work = laws.decode_bytes(text, size)
@@ -90,6 +89,6 @@ def request_phases(
         work = laws.talk_bytes(config.talker, tokens + 2, size)
         phases.append(PhaseLoad("talk", ("talker",), kv, carry=spoken, activations=work))
         pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
-        work = laws.vocode_bytes(config.dit, config.bigvgan, pieces, codes, checkpoint.voice_frames)
+        work = laws.vocode_bytes(config.dit, config.bigvgan, pieces, codes, model.voice_frames)
         phases.append(PhaseLoad("vocode", ("token2wav",), activations=work))
     return phases

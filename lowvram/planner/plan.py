@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from lowvram.offload import format_size
+from lowvram.offload import Placement, format_size
 
 OWNERS = ("weights", "slabs", "kv", "carry", "activations", "workspace")
 """Who holds device memory. `carry` is what one phase leaves for the next."""
+
+Bound = Literal["memory", "bus", "disk", "compute"]
+"""What a phase waits for: the device's memory, the bus to it, the disk, or its arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
     """One phase: what each owner holds at its peak, the modules it runs, and those on the device.
 
-    `predicted_peak_bytes` includes the device's context and not the guard.
+    `predicted_peak_bytes` includes the device's context and not the guard. `seconds`, what they
+    are `bound` by, and `bytes_moved` to the device, loading included, are predictions from assumed
+    speeds (see `planner/seconds.py`).
     """
 
     name: str
@@ -25,6 +30,9 @@ class PhasePlan:
     modules: tuple[str, ...]
     on_device: tuple[str, ...]
     reason: str
+    seconds: float = 0.0
+    bound: Bound = "memory"
+    bytes_moved: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +40,14 @@ class Plan:
     """What a request needs and where each module will be.
 
     `residency` maps a module to `resident` (stays between requests), `on demand` (loaded when its
-    phase begins, dropped when it ends), `host` (its rows are read on the host) or `unused`.
-    `fits` means predicted peak + guard <= budget.
+    `residency` maps a module to `resident` (stays between requests), `on demand` (loaded when its
+    phase begins, dropped when it ends), `streamed: n of m layers stay` (on demand as well, and its
+    other layers come through slabs for every pass), `host` (its rows are read on the host) or
+    `unused`. `placements` has what is streamed, part by part; `chunks` the prompt tokens that go
+    through a decoder at a time ("text", "talker"); `kv` where keys and values wait ("thinker",
+    "talker"). `host_bytes` is the host memory it takes besides the interpreter's: copies of
+    streamed layers, keys and values, prompt embeddings and states. `fits` means predicted peak +
+    guard <= budget.
     """
 
     fits: bool
@@ -50,6 +64,10 @@ class Plan:
     bytes_to_move: int
     reasons: tuple[str, ...]
     knobs: Mapping[str, int] = field(default_factory=dict)
+    placements: Mapping[str, Placement] = field(default_factory=dict)
+    chunks: Mapping[str, int] = field(default_factory=dict)
+    kv: Mapping[str, Literal["device", "host"]] = field(default_factory=dict)
+    host_bytes: int = 0
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name; an interleaved one is named by its parts joined with `+`."""
@@ -60,6 +78,10 @@ class Plan:
 
     def resident(self, part: str) -> bool:
         return self.residency.get(part) == "resident"
+
+    def placement(self, part: str) -> Placement | None:
+        """How the part's units are streamed; None where all of it is on the device while used."""
+        return self.placements.get(part)
 
     @property
     def refusal(self) -> str:

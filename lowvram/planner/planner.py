@@ -6,11 +6,10 @@ those, the one that vocodes while the Talker still draws codes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lowvram.conversation import PromptShape, check_window
 from lowvram.errors import UsageError
@@ -22,21 +21,18 @@ from lowvram.planner.device import (
     probe_device,
     resolve_dtype,
 )
+from lowvram.planner.model import ModelFacts, PartSizes
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.quant import (
     HeadChoice,
     KernelName,
     choose_head,
-    head_bytes,
     head_loading_bytes,
     preferred_kernel,
 )
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
-
-if TYPE_CHECKING:
-    from lowvram.checkpoint import Checkpoint
 
 MODULES: tuple[Part, ...] = ("visual", "audio", "text", "talker", "token2wav")
 
@@ -65,7 +61,7 @@ class Choice:
 
 
 def plan_request(
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     shape: PromptShape,
     settings: GenerationSettings,
     *,
@@ -82,14 +78,12 @@ def plan_request(
     """
     facts = probe_device(device)
     budget = decide_budget(max_memory, facts)
-    chosen = resolve_dtype(dtype, checkpoint.stored_dtype, facts, packed=checkpoint.packed)
-    return make_plan(
-        checkpoint, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow
-    )
+    chosen = resolve_dtype(dtype, model.stored_dtype, facts, packed=bool(model.packed))
+    return make_plan(model, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow)
 
 
 def make_plan(
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     shape: PromptShape,
     settings: GenerationSettings,
     *,
@@ -107,22 +101,22 @@ def make_plan(
     one does not use, as far as they fit.
     """
     check_options(allow)
-    settings = settings.completed(checkpoint.generation)
-    text = checkpoint.config.thinker.text
+    settings = settings.completed(model.generation)
+    text = model.config.thinker.text
     check_window(shape.next_position, settings.tokens, text.max_position_embeddings)
     packed = preferred_kernel(facts.type, dtype.name, kernel)
     head = choose_head(allow, packed.name, text.hidden_size, text.vocab_size)
-    weights = _weights(checkpoint, dtype.name, packed.name, head)
-
+    sizes = _sizes(model, dtype.name, packed.name, head)
+    weights = {part: size.total for part, size in sizes.items()}
     loading = head_loading_bytes(text.hidden_size, text.vocab_size) if head and head.bits else 0
 
     def choose(changed: GenerationSettings) -> list[Choice]:
         phases = request_phases(
-            checkpoint,
+            model,
             shape,
             changed,
             dtype=dtype.name,
-            kernel=packed.name,
+            text_sizes=sizes["text"],
             head_loading=loading,
             host_is_device=facts.type == "cpu",
         )
@@ -142,13 +136,13 @@ def make_plan(
         *_reasons(best, used, weights, facts, budget, minimum, allow),
         f"{dtype.name}: {dtype.reason}",
     ]
-    if checkpoint.packed:
+    if model.packed:
         reasons.append(f"packed linears, {packed.name}: {packed.reason}")
     if head is not None:
         reasons.append(head.reason)
     return Plan(
         fits=bool(fitting),
-        model=checkpoint.name,
+        model=model.name,
         device=facts.name,
         dtype=dtype.name,
         budget_bytes=budget.budget_bytes,
@@ -164,17 +158,12 @@ def make_plan(
     )
 
 
-def _weights(
-    checkpoint: Checkpoint, dtype: str, kernel: KernelName, head: HeadChoice | None
-) -> dict[str, int]:
-    """Bytes of every module on the device."""
-    size = ITEMSIZE[dtype]
-    weights: dict[str, int] = {m: checkpoint.part_bytes(m, size, kernel) for m in MODULES}
-    if head is not None and head.bits is not None:
-        text = checkpoint.config.thinker.text
-        shape = (text.hidden_size, text.vocab_size)
-        weights["text"] += head_bytes(*shape, head.bits) - math.prod(shape) * size
-    return weights
+def _sizes(
+    model: ModelFacts, dtype: str, kernel: KernelName, head: HeadChoice | None
+) -> dict[str, PartSizes]:
+    """Bytes of every module."""
+    bits = None if head is None else head.bits
+    return {m: model.part_sizes(m, ITEMSIZE[dtype], kernel, bits) for m in MODULES}
 
 
 def _cheaper(

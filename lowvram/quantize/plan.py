@@ -15,7 +15,7 @@ from lowvram.planner import probe_device
 from lowvram.quantize.calibration import CalibrationSet
 from lowvram.quantize.settings import QuantizeSettings
 from lowvram.quantize.source import Source
-from lowvram.tensors import PARTS, part_of
+from lowvram.tensors import PARTS, expected_tensors, part_bytes, part_of
 
 INTERPRETER_BYTES = 300 << 20
 """Python, torch and the tokenizer, measured on Linux x86-64 with a CPU build of torch."""
@@ -170,8 +170,10 @@ def _working_bytes(
     search = layer + WORKING_COPIES * 4 * largest + passing
     if not samples:
         return INTERPRETER_BYTES + search
-    towers = [source.checkpoint.part_bytes(part, itemsize) for part in ("visual", "audio")]
-    return INTERPRETER_BYTES + max(search, max(towers) + 4 * passing)
+    tensors = expected_tensors(source.checkpoint.config)
+    held = part_bytes(tensors, lambda name: itemsize)
+    towers = max(held["visual"], held["audio"])
+    return INTERPRETER_BYTES + max(search, towers + 4 * passing)
 
 
 def _seconds(values: int, tokens: int, method: str, moved: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ from lowvram.offload import Budget, guard_bytes
 from lowvram.planner import (
     DeviceFacts,
     DtypeChoice,
+    ModelFacts,
     Plan,
+    config_facts,
     decide_budget,
     make_plan,
     resolve_dtype,
@@ -24,25 +25,9 @@ from lowvram.settings import GenerationSettings
 from lowvram.specs import SPECS
 
 GIB = 2**30
-MODULE_GIB = {"visual": 1.26, "audio": 1.19, "text": 5.19, "talker": 2.52, "token2wav": 1.68}
-
-
-class Published:
-    """The 7B AWQ model as the planner sees it: its shapes, and the bytes of its modules."""
-
-    name = "7B"
-    stored_dtype = "float16"
-    config = SPECS["Qwen2.5-Omni-7B-AWQ"].config
-    packed = True
-    voice_frames = 400
-    generation = SimpleNamespace(max_codes=4096, max_new_tokens=None)
-
-    def part_bytes(self, part: str, itemsize: int, kernel: str) -> int:
-        return int(MODULE_GIB[part] * GIB)
-
-    def packed_workspace_bytes(self, kernel: str) -> int:
-        return 2**26
-
+SEVEN = config_facts("7B", SPECS["Qwen2.5-Omni-7B-AWQ"].config)
+THREE = config_facts("3B", SPECS["Qwen2.5-Omni-3B-AWQ"].config)
+MODULES = ("visual", "audio", "text", "talker", "token2wav")
 
 VIDEO = PromptShape(tokens=11_715, next_position=500, grids=((15, 36, 64),), audio_frames=(1500,))
 WORDS = PromptShape(tokens=60, next_position=60, grids=(), audio_frames=())
@@ -64,11 +49,12 @@ def plan(
     shape: PromptShape = VIDEO,
     kind: str = "cuda",
     on_device: frozenset[str] = frozenset(),
+    model: ModelFacts = SEVEN,
     **settings: Any,
 ) -> Plan:
     where = facts(kind)
     return make_plan(
-        Published(),  # type: ignore[arg-type]
+        model,
         shape,
         GenerationSettings(**settings),
         facts=where,
@@ -103,9 +89,10 @@ def test_a_plan_keeps_the_budget_or_says_what_would_do(
 
 @given(budgets, budgets, shapes)
 def test_a_bigger_budget_keeps_at_least_as_much(one: int, other: int, shape: PromptShape) -> None:
-    def kept(budget: int) -> float:
+    def kept(budget: int) -> int:
         found = plan(budget, shape)
-        return sum(MODULE_GIB[m] for m in MODULE_GIB if found.resident(m)) if found.fits else -1
+        kept = (SEVEN.part_sizes(m, 2).total for m in MODULES if found.resident(m))
+        return sum(kept) if found.fits else -1
 
     small, big = sorted((one, other))
     assert kept(small) <= kept(big)
@@ -113,7 +100,7 @@ def test_a_bigger_budget_keeps_at_least_as_much(one: int, other: int, shape: Pro
 
 def test_with_room_for_everything_all_stays_and_speech_is_interleaved() -> None:
     found = plan(23 * GIB)
-    assert all(found.resident(m) for m in MODULE_GIB)
+    assert all(found.resident(m) for m in MODULES)
     assert [row.name for row in found.phases] == [
         "vision",
         "audio",
@@ -123,11 +110,8 @@ def test_with_room_for_everything_all_stays_and_speech_is_interleaved() -> None:
     ]
 
 
-def test_with_little_room_modules_come_and_go_and_speech_is_staged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(MODULE_GIB, "text", 2.6)  # as in the 3B: Talker and vocoder are the larger
-    found = plan(plan(GIB).minimum_budget_bytes)
+def test_with_little_room_modules_come_and_go_and_speech_is_staged() -> None:
+    found = plan(plan(GIB, model=THREE).minimum_budget_bytes, model=THREE)
     assert found.residency["text"] == "on demand"
     assert [row.name for row in found.phases][-2:] == ["talk", "vocode"]
     assert found.phase("vision").on_device == ("visual",)
@@ -135,8 +119,8 @@ def test_with_little_room_modules_come_and_go_and_speech_is_staged(
 
 def test_a_second_request_moves_only_what_did_not_stay() -> None:
     first = plan(23 * GIB)
-    again = plan(23 * GIB, on_device=frozenset(MODULE_GIB))
-    assert first.bytes_to_move == sum(int(size * GIB) for size in MODULE_GIB.values())
+    again = plan(23 * GIB, on_device=frozenset(MODULES))
+    assert first.bytes_to_move == sum(SEVEN.part_sizes(m, 2).total for m in MODULES)
     assert again.bytes_to_move == 0
 
 

@@ -1,0 +1,224 @@
+"""What a plan needs to know of a model: shapes, and how many bytes every part and unit takes.
+
+Taken from an opened checkpoint, or from a `config.json` alone: nothing here reads a weight.
+No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lowvram.checkpoint import GenerationDefaults
+from lowvram.config import OmniConfig
+from lowvram.models.head_rows import head_piece_rows
+from lowvram.offload import blob_bytes
+from lowvram.quant import (
+    HeadBits,
+    KernelName,
+    head_bytes,
+    linear_bytes,
+    loading_bytes,
+    scratch_bytes,
+)
+from lowvram.specs import VOICE_FRAMES
+from lowvram.tensors import (
+    HEAD_NAME,
+    Part,
+    Shape,
+    expected_tensors,
+    layer_of,
+    part_of,
+    thinker_linears,
+)
+
+if TYPE_CHECKING:
+    from lowvram.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What can be streamed by itself: a decoder layer, or a piece of the Thinker's head.
+
+    `held` are its bytes where it stays on the device, `blob` its bytes where it is streamed: as the
+    file holds it, at aligned offsets. `packed` counts its 4-bit weights.
+    """
+
+    held: int
+    blob: int
+    packed: int = 0
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """A part's bytes: its units in the order they run, `layers` of them decoder layers and the
+    others pieces of the head, and all else of it, which stays while the part is used.
+
+    `loading` is what bringing it to the device takes besides it, `scratch` what computing with
+    packed weights takes besides them, `scratch_streamed` the same where some are streamed.
+    """
+
+    rest: int
+    units: tuple[Unit, ...] = ()
+    layers: int = 0
+    loading: int = 0
+    scratch: int = 0
+    scratch_streamed: int = 0
+
+    @cached_property
+    def total(self) -> int:
+        """All of it on the device."""
+        return self.rest + sum(unit.held for unit in self.units)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelFacts:
+    """A model as the planner sees it.
+
+    `packed` names the linears of the Thinker that are held at 4 bits; `stored_dtype` is the type of
+    all other weights; `voice_frames` are the mel frames of the longest voice's reference.
+    """
+
+    name: str
+    config: OmniConfig
+    packed: frozenset[str]
+    stored_dtype: str
+    voice_frames: int
+    generation: GenerationDefaults
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Shape]:
+        """Every tensor by name, and its shape."""
+        return expected_tensors(self.config, self.packed.__contains__)
+
+    @cached_property
+    def _by_part(self) -> dict[Part, dict[str, Shape]]:
+        found: dict[Part, dict[str, Shape]] = {}
+        for name, shape in self.tensors.items():
+            found.setdefault(part_of(name), {})[name] = shape
+        return found
+
+    def part_sizes(
+        self,
+        part: Part,
+        itemsize: int,
+        kernel: KernelName = "reference",
+        head: HeadBits | None = None,
+    ) -> PartSizes:
+        """Bytes of a part whose weights are held at `itemsize` bytes each.
+
+        Token2wav is always float32. Packed linears take what `kernel` holds of them where they
+        stay; `head` are the bits that the Thinker's head is rounded to, which makes it no unit.
+        """
+        size = 4 if part == "token2wav" else itemsize
+        rest = 0
+        layers: dict[int, dict[str, Shape]] = {}
+        for name, shape in self._by_part.get(part, {}).items():
+            place = layer_of(name)
+            if place is not None:
+                layers.setdefault(place[1], {})[name] = shape
+            elif name != HEAD_NAME:
+                rest += math.prod(shape) * size
+        units = [self._layer(layers[index], size, kernel) for index in sorted(layers)]
+        count = len(units)
+        if part != "text":
+            return PartSizes(rest, tuple(units), count)
+        text = self.config.thinker.text
+        if head is None:
+            units += _head_pieces(text.vocab_size, text.hidden_size, size)
+        else:
+            rest += head_bytes(text.hidden_size, text.vocab_size, head)
+        return PartSizes(
+            rest,
+            tuple(units),
+            count,
+            loading=self._largest_of_blocks(kernel, _loading),
+            scratch=self._largest_of_blocks(kernel, _scratch),
+            scratch_streamed=self._largest_of_blocks("reference", _scratch),
+        )
+
+    def _layer(self, tensors: Mapping[str, Shape], size: int, kernel: KernelName) -> Unit:
+        group = self.config.quant.group_size if self.config.quant else 1
+        held = packed = 0
+        blob: list[int] = []
+        for name, shape in tensors.items():
+            values = math.prod(shape)
+            linear, _, kind = name.rpartition(".")
+            if linear not in self.packed or kind == "bias":
+                held += values * size
+                blob.append(values * size)
+            elif kind == "qweight":
+                held += linear_bytes(shape[0], shape[1] * 8, group, kernel)
+                blob.append(values * 4)
+                packed += values * 8
+            else:
+                blob.append(values * (4 if kind == "qzeros" else 2))
+        return Unit(held, blob_bytes(blob), packed)
+
+    def _largest_of_blocks(self, kernel: KernelName, cost: _BlockCost) -> int:
+        """The largest cost of any packed linear; those of one block and input may be joined."""
+        group = self.config.quant.group_size if self.config.quant else 1
+        joined: dict[tuple[str, int], int] = {}
+        for name, (inputs, outputs, _) in self._linears.items():
+            if name in self.packed:
+                block = name.rpartition(".")[0], inputs
+                joined[block] = joined.get(block, 0) + outputs
+        shapes = {(inputs, outputs) for (_, inputs), outputs in joined.items()}
+        return max((cost(i, o, group, kernel) for i, o in shapes), default=0)
+
+    @cached_property
+    def _linears(self) -> dict[str, tuple[int, int, bool]]:
+        return thinker_linears(self.config.thinker)
+
+
+_BlockCost = Callable[[int, int, int, KernelName], int]
+"""(inputs, outputs, group, kernel) -> bytes."""
+
+
+def _scratch(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
+    return scratch_bytes(inputs, outputs, kernel)
+
+
+def _loading(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
+    return loading_bytes(inputs, outputs, group, kernel)
+
+
+def _head_pieces(outputs: int, inputs: int, size: int) -> list[Unit]:
+    rows = head_piece_rows(inputs, size)
+    stops = range(0, outputs, rows)
+    counts = (min(rows, outputs - start) for start in stops)
+    return [Unit(n * inputs * size, blob_bytes([n * inputs * size])) for n in counts]
+
+
+def model_facts(checkpoint: Checkpoint, *, speech: bool = True) -> ModelFacts:
+    """What an opened checkpoint's headers say. Without `speech` its voices are not looked at.
+
+    Raises:
+        CheckpointError: a file that is needed is missing or damaged.
+    """
+    linears = thinker_linears(checkpoint.config.thinker)
+    return ModelFacts(
+        name=checkpoint.name,
+        config=checkpoint.config,
+        packed=frozenset(filter(checkpoint.quantized, linears)),
+        stored_dtype=checkpoint.stored_dtype,
+        voice_frames=checkpoint.voice_frames if speech else 0,
+        generation=checkpoint.generation,
+    )
+
+
+def config_facts(name: str, config: OmniConfig) -> ModelFacts:
+    """What a `config.json` alone says: linears packed if it speaks of a packing, voices and bounds
+    of replies as in the published checkpoints."""
+    linears = thinker_linears(config.thinker) if config.quant else ()
+    return ModelFacts(
+        name=name,
+        config=config,
+        packed=frozenset(linears),
+        stored_dtype=config.dtype,
+        voice_frames=VOICE_FRAMES,
+        generation=GenerationDefaults(eos_token_ids=(), codec_end_ids=()),
+    )
