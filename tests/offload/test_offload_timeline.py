@@ -52,7 +52,7 @@ def test_a_long_timeline_keeps_its_highest_level_phases_and_end() -> None:
     for i in range(20 * TIMELINE_POINTS):
         live = chance.randrange(10**6)
         top = max(top, live)
-        note(timeline, i * 10 * STEP_S, "decode" if 100 < i else "prefill", {WEIGHTS: 7}, live)
+        note(timeline, i * 10 * STEP_S, "decode" if i > 100 else "prefill", {WEIGHTS: 7}, live)
     points = timeline.points()
     assert TIMELINE_POINTS // 8 < len(points) <= TIMELINE_POINTS
     assert max(p.bytes_by_owner["activations"] for p in points) == top
