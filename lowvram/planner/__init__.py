@@ -10,6 +10,7 @@ from lowvram.planner.device import (
 from lowvram.planner.model import ModelFacts, config_facts, model_facts
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.planner.planner import OPTIONS, check_options, make_plan, plan_request
+from lowvram.planner.streaming import spread
 
 __all__ = [
     "OPTIONS",
@@ -26,4 +27,5 @@ __all__ = [
     "plan_request",
     "probe_device",
     "resolve_dtype",
+    "spread",
 ]

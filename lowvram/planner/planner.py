@@ -21,6 +21,7 @@ from lowvram.planner.device import (
     probe_device,
     resolve_dtype,
 )
+from lowvram.planner.laws import PREFILL_CHUNK
 from lowvram.planner.model import ModelFacts, PartSizes
 from lowvram.planner.phases import ITEMSIZE, PhaseLoad, request_phases
 from lowvram.planner.plan import PhasePlan, Plan
@@ -155,6 +156,8 @@ def make_plan(
         bytes_to_move=sum(weights[m] for m in used - (on_device & best.resident)),
         reasons=tuple(reasons),
         knobs={} if fitting else _cheaper(settings, choose, minimum),
+        chunks={"text": PREFILL_CHUNK, "talker": PREFILL_CHUNK},
+        kv={"thinker": "device", "talker": "device"},
     )
 
 
