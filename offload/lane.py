@@ -11,29 +11,39 @@ import torch
 
 
 class Mark(Protocol):
-    """A place in the order of copies."""
+    """A place in the order of copies, or of compute."""
 
     def synchronize(self) -> None:
-        """Return when every copy before the mark is done."""
+        """Return when everything before the mark is done."""
 
 
 class CopyLane(Protocol):
-    """Where copies from host to device queue up, in order, while the device computes."""
+    """Where copies between host and device queue up, in order, while the device computes.
+
+    Compute is what the calling thread's current stream is given.
+    """
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """Host memory the device can read by itself: uint8 `[nbytes]`."""
+        """Host memory the device can read and write by itself: uint8 `[nbytes]`."""
 
-    def begin(self) -> None:
+    def after_compute(self) -> None:
         """Copies from here on wait for the compute queued so far (it may still use the memory)."""
 
+    def after(self, mark: Mark) -> None:
+        """Copies from here on wait for a mark of `compute_mark`. Any thread may call it."""
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue `target.copy_(source)`; `source` must stay as it is until a later mark is done."""
+        """Queue `target.copy_(source)`; the one on the host must stay as it is until a later mark
+        is done. Any thread may call it."""
 
     def mark(self) -> Mark:
-        """A mark behind every copy queued so far."""
+        """A mark behind every copy queued so far. Any thread may call it."""
 
-    def finish(self) -> None:
-        """Compute queued from here on waits for every copy queued so far; the host does not."""
+    def compute_mark(self) -> Mark:
+        """A mark behind the compute queued so far."""
+
+    def wait(self, mark: Mark) -> None:
+        """Compute queued from here on waits for the mark; the host does not."""
 
 
 class StreamLane:
@@ -46,8 +56,12 @@ class StreamLane:
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
-    def begin(self) -> None:
-        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+    def after_compute(self) -> None:
+        self.after(self.compute_mark())
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, torch.Event)
+        self._stream.wait_event(mark)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with self._stream:
@@ -56,5 +70,12 @@ class StreamLane:
     def mark(self) -> torch.Event:
         return self._stream.record_event()
 
-    def finish(self) -> None:
-        torch.accelerator.current_stream(self._device).wait_event(self.mark())
+    def compute_mark(self) -> torch.Event:
+        return self._compute().record_event()
+
+    def wait(self, mark: Mark) -> None:
+        assert isinstance(mark, torch.Event)
+        self._compute().wait_event(mark)
+
+    def _compute(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self._device)

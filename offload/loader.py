@@ -9,81 +9,35 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from lowvram.errors import CheckpointError
-
+from .blob import Blob
 from .device import Device
-from .header import shown
+from .feed import Feed
+from .fill import allocate, bytes_of, read, stored_rows, tensors_of
+from .lane import CopyLane
 from .meter import Meter
 from .part import Part
 from .placement import Placement
+from .skeleton import FillFrom, Skeleton, Slot, check_stored
+from .slabs import Slabs
 from .staging import Staging
-from .store import Store, torch_dtype
+from .store import Store
 from .stream import UnitStream
+from .supply import Supply
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """One parameter or buffer to fill: where it hangs, and its name in the checkpoint."""
+@dataclass
+class _Loaded:
+    """A part that is on the device, or on its way there or back."""
 
-    owner: nn.Module
-    local: str
-    stored: str
-    empty: torch.Tensor  # on meta, in the type it will have
-    is_parameter: bool
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out what constructors draw, for which torch would import a second's worth of code."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-class _Skeleton:
-    """A built part without memory, and how to get back there."""
-
-    def __init__(self, part: Part) -> None:
-        with torch.device("meta"), _NoInitialValues():
-            self.module = part.build().eval().requires_grad_(False)
-        self.slots = [s for path, m in self.module.named_modules() for s in _slots(part, path, m)]
-        self._at_rest = [(m, dict(m._parameters), dict(m._buffers)) for m in self.module.modules()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(slot.empty.nbytes for slot in self.slots)
-
-    def strip(self) -> None:
-        """Every parameter and buffer as it was built, on meta."""
-        for module, parameters, buffers in self._at_rest:
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-
-def _slots(part: Part, path: str, module: nn.Module) -> Iterator[_Slot]:
-    pinned = getattr(module, "stored_dtypes", {})
-    prefix = f"{part.prefix}{path}." if path else part.prefix
-    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for local, tensor in named:
-        if local in module._non_persistent_buffers_set:
-            raise ValueError(
-                f"{prefix}{local} is a buffer that no checkpoint holds; compute it when it is used"
-            )
-        dtype = pinned.get(local, part.dtype if tensor.is_floating_point() else tensor.dtype)
-        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
-        yield _Slot(module, local, prefix + local, empty, local in module._parameters)
+    skeleton: Skeleton
+    placement: Placement | None
+    feed: Feed | None = None
+    stream: UnitStream | None = None
 
 
 class Loader:
@@ -98,84 +52,138 @@ class Loader:
     ) -> None:
         self._store, self._device, self._meter = store, device, meter
         self._parts = {part.name: part for part in parts}
-        self._skeletons: dict[str, _Skeleton] = {}
-        self._resident: dict[str, nn.Module] = {}
+        self._skeletons: dict[str, Skeleton] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        self._held: dict[str, int] = {}  # part -> bytes of what stays
+        self._lane: CopyLane | None = None
         self._staging: Staging | None = None
-        self.bytes_host_to_device = 0
-        """Bytes of weights written to the device by loads; on `cpu`, read into place."""
+        self._supply = Supply(store, device)
+        self._bytes_resident = self._bytes_streamed = 0
         if store is None and device.type != "meta":
             raise ValueError(f"a loader on {device.name} needs a store to load from")
 
-    def load(self, name: str, placement: Placement | None = None) -> nn.Module:
-        """The part, on the device. Nothing is done if it is there already.
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes of units written to slabs so far, each time they were."""
+        under_way = (one.feed.bytes_fetched for one in self._loaded.values() if one.feed)
+        return self._bytes_streamed + sum(under_way) if self._reads else 0
 
-        Raises `CheckpointError` if the store lacks one of its tensors or holds it in another shape
-        or kind of number, and lets the allocator's error through. Nothing of it stays then.
+    @property
+    def bytes_host_to_device(self) -> int:
+        """Bytes of weights written to the device; on `cpu`, read into place."""
+        return self._bytes_resident + self.bytes_streamed
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done otherwise than its placement says, and why; each once."""
+        return self._supply.notes
+
+    def load(self, name: str, placement: Placement | None = None) -> nn.Module:
+        """The part, on the device, with the units that `placement` says passing through slabs.
+
+        Nothing is done if it is there already with an equal placement; with another one it is
+        dropped first. Raises `CheckpointError` if the store lacks one of its tensors or holds it in
+        another shape or kind of number, `DeviceError` if no host memory can be pinned to stream
+        from, and lets the allocator's error through. Nothing of it stays then.
         """
-        if name in self._resident:
-            return self._resident[name]
+        if placement is not None and not placement.streamed:
+            placement = None
+        present = self._loaded.get(name)
+        if present is not None and present.stream and present.placement == placement:
+            return present.skeleton.module
+        self.drop(name)
         skeleton = self._skeleton(name)
         if self._store is not None:
             for slot in skeleton.slots:
-                _check(self._store, slot)
+                check_stored(self._store, slot)
         # Plain tensors even in a caller's inference mode, so that they may be replaced outside it.
         with torch.inference_mode(False), torch.no_grad():
             try:
-                self._fill(name, skeleton)
+                self._loaded[name] = one = _Loaded(skeleton, placement)
+                self._fill(name, one)
             except BaseException as error:
                 self._device.synchronize()  # no copy may run into memory that is given back
                 # The frames below would keep what they had allocated alive.
                 traceback.clear_frames(error.__traceback__)
-                self._free(name)
+                self.drop(name)
                 raise
-        self._resident[name] = skeleton.module
         return skeleton.module
 
-    def _fill(self, name: str, skeleton: _Skeleton) -> None:
-        for slot in skeleton.slots:
-            shape, dtype = slot.empty.shape, slot.empty.dtype
-            filled = torch.empty(shape, dtype=dtype, device=self._device.torch)
-            if slot.is_parameter:
-                slot.owner._parameters[slot.local] = nn.Parameter(filled, requires_grad=False)
-            else:
-                slot.owner._buffers[slot.local] = filled
-        held = skeleton.nbytes
-        self._meter.hold("weights", name, held, _tensors(skeleton.module))
-        if self._store is not None and self._device.type != "meta":
-            self._read(self._store, skeleton)
-        for module in skeleton.module.modules():
+    def _fill(self, name: str, one: _Loaded) -> None:
+        """Load what stays, then make the slabs: what `after_load` needs for itself is gone then."""
+        skeleton, placement = one.skeleton, one.placement
+        streamed = placement.streamed if placement is not None else ()
+        staying = skeleton.outside(streamed)
+        inside = set(staying)
+        slots = [slot for slot in skeleton.slots if slot.owner in inside]
+        if self._lane is None:
+            self._lane = self._device.copy_lane()
+        held = allocate(slots, self._device, together=self._lane is not None)
+        self._hold(name, skeleton.module, held)
+        if self._reads and self._store is not None:
+            self._bytes_resident += read(self._store, slots, self._staged(self._store))
+        for slot in slots:
+            if slot.filled_by_owner:
+                self._fill_from(name, slot)
+        for module in staying:
             hook = getattr(module, "after_load", None)
             if hook is not None:
-                before = _nbytes(module)
+                before = bytes_of(tensors_of(module))
                 hook()
-                held += _nbytes(module) - before
-                self._meter.hold("weights", name, held, _tensors(module))
+                self._hold(name, module, bytes_of(tensors_of(module)) - before)
+        if placement is not None:
+            one.feed = self._feed(name, skeleton, placement)
+            one.feed.begin(0)
+        one.stream = UnitStream(skeleton.units, streamed, one.feed)
 
-    def _read(self, store: Store, skeleton: _Skeleton) -> None:
-        """Fill the part's tensors in the order they lie in the files."""
-        lane = self._device.copy_lane() if self._staging is None else None
-        if lane is not None:
-            self._staging = Staging(store, lane)
-        staging = self._staging
-        if staging is not None:
-            staging.begin()
-        read = store.read_into if staging is None else staging.fill
-        for slot in sorted(skeleton.slots, key=lambda s: _place(store, s)):
-            out: torch.Tensor = getattr(slot.owner, slot.local)
-            read(slot.stored, out)
-            self.bytes_host_to_device += out.nbytes
-        if staging is not None:
-            staging.finish()
+    def _hold(self, name: str, module: nn.Module, more: int) -> None:
+        """Count the tensors of `module`, `more` bytes than before, as weights of part `name`."""
+        self._held[name] = self._held.get(name, 0) + more
+        self._meter.hold("weights", name, self._held[name], tensors_of(module))
+
+    def _fill_from(self, name: str, slot: Slot) -> None:
+        """Have the slot's module make what it wants of its stored rows."""
+        fill_from = cast(FillFrom, slot.owner.fill_from)
+        others = [t for n, t in slot.owner.named_parameters() if n != slot.local]
+        before = bytes_of([*others, *slot.owner.buffers()])
+        store = self._store if self._reads else None
+        fill_from(stored_rows(store, slot), self._device.torch)
+        self._hold(name, slot.owner, bytes_of(tensors_of(slot.owner)) - before)
+        if self._reads:
+            self._bytes_resident += slot.empty.nbytes
+
+    def _feed(self, name: str, skeleton: Skeleton, placement: Placement) -> Feed:
+        blobs = [Blob.of(skeleton.unit_slots(index)) for index in placement.streamed]
+        slabs = Slabs(blobs, placement.slabs, placement.slab_bytes, self._device.torch)
+        self._meter.hold("slabs", name, slabs.block.nbytes, [slabs.block])
+        carrier = self._supply.carrier(name, placement, blobs, slabs, self._lane)
+        return Feed([blob.nbytes for blob in blobs], slabs, carrier)
+
+    @property
+    def _reads(self) -> bool:
+        """Whether loading moves bytes; on `meta` it only counts them."""
+        return self._store is not None and self._device.type != "meta"
+
+    def _staged(self, store: Store) -> Staging | None:
+        if self._staging is None and self._lane is not None:
+            self._staging = Staging(store, self._lane)
+        return self._staging
 
     def drop(self, name: str) -> None:
         """Free the part's memory; the module stays, on meta. Nothing happens if it is not there."""
-        if self._resident.pop(name, None) is None:
+        one = self._loaded.get(name)
+        if one is None:
             return
-        self._free(name)
-
-    def _free(self, name: str) -> None:
-        self._skeletons[name].strip()
+        one.stream = None
+        if one.feed is not None:
+            one.feed.close()
+            self._bytes_streamed += one.feed.bytes_fetched
+            one.feed = None
+        one.skeleton.strip()
+        self._meter.release("slabs", name)
         self._meter.release("weights", name)
+        self._held.pop(name, None)
+        self._loaded.pop(name, None)
         self._device.empty_cache()
 
     @contextmanager
@@ -189,59 +197,40 @@ class Loader:
 
     def stream(self, name: str) -> UnitStream:
         """The units of a part that is loaded."""
-        return UnitStream(self._parts[name].units(self._resident[name]))
+        one = self._loaded.get(name)
+        if one is None or one.stream is None:
+            raise RuntimeError(f"the units of {name!r} are asked for, but it is not loaded")
+        return one.stream
+
+    def placement(self, name: str) -> Placement | None:
+        """How the part was last placed, or None where all of it stays or it is not there."""
+        one = self._loaded.get(name)
+        return one.placement if one is not None else None
 
     def nbytes(self, name: str) -> int:
         """Bytes the part's tensors take on the device as they are stored; loads nothing."""
         return self._skeleton(name).nbytes
 
     def is_resident(self, name: str) -> bool:
-        return name in self._resident
+        """Whether the part is loaded, be it with units that stream."""
+        return name in self._loaded
 
     def resident(self) -> tuple[str, ...]:
         """The parts on the device, in the order they were loaded."""
-        return tuple(self._resident)
+        return tuple(self._loaded)
 
     def close(self) -> None:
-        """Drop every part and the staging buffers. The store stays open: it is its owner's."""
+        """Drop every part and all host memory. The store stays open: it is its owner's."""
         for name in self.resident():
             self.drop(name)
         self._staging = None
+        self._supply.close()
+        self._lane = None
 
-    def _skeleton(self, name: str) -> _Skeleton:
+    def _skeleton(self, name: str) -> Skeleton:
         if name not in self._skeletons:
             if name not in self._parts:
                 raise KeyError(f"no part {name!r}; the parts are {', '.join(self._parts)}")
             with self._meter.aside():
-                self._skeletons[name] = _Skeleton(self._parts[name])
+                self._skeletons[name] = Skeleton(self._parts[name])
         return self._skeletons[name]
-
-
-def _check(store: Store, slot: _Slot) -> None:
-    info = store.info(slot.stored)
-    if info.shape != tuple(slot.empty.shape):
-        raise CheckpointError(
-            f"{info.file}: {shown(info.name)} has shape {list(info.shape)}; the model wants "
-            f"{list(slot.empty.shape)}"
-        )
-    stored, wanted = torch_dtype(info), slot.empty.dtype
-    if stored != wanted and not (stored.is_floating_point and wanted.is_floating_point):
-        raise CheckpointError(
-            f"{info.file}: {shown(info.name)} has type {info.dtype}; the model wants "
-            f"{str(wanted).removeprefix('torch.')}"
-        )
-
-
-def _place(store: Store, slot: _Slot) -> tuple[str, int]:
-    info = store.info(slot.stored)
-    return str(info.file), info.offset
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _nbytes(module: nn.Module) -> int:
-    """Bytes of the distinct storages of a module and what is below it."""
-    storages = (tensor.untyped_storage() for tensor in _tensors(module))
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -27,15 +27,16 @@ class Staging:
 
     def begin(self) -> None:
         """Before the first `fill` of a module, after its memory was allocated."""
-        self._lane.begin()
+        self._lane.after_compute()
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
-        """Queue the copy of a whole stored tensor into the contiguous `out` on the device."""
+    def fill(self, name: str, out: torch.Tensor, first: int = 0) -> None:
+        """Queue the copy of a stored tensor, from its element `first` on, into the contiguous `out`
+        on the device."""
         flat = out.detach().view(-1)
         done, item = 0, out.element_size()
         while done < flat.numel():
             slot = self._slot((flat.numel() - done) * item, item).view(out.dtype)
-            self._store.read_flat(name, done, slot)
+            self._store.read_flat(name, first + done, slot)
             self._lane.copy(flat[done : done + slot.numel()], slot)
             done += slot.numel()
 
@@ -59,4 +60,4 @@ class Staging:
 
     def finish(self) -> None:
         """After the last `fill` of a module: compute queued from here on waits for the copies."""
-        self._lane.finish()
+        self._lane.wait(self._lane.mark())

@@ -28,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 SCRATCH_BYTES = 4 << 20
 """Bytes converted at a time: small enough to stay in a CPU's cache, large enough for a disk."""
 
+_MOST_BUFFERS = 1024  # that POSIX systems fill in one call
+
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -71,7 +73,7 @@ class Store:
         """Bytes of tensor data read so far."""
         self._files: dict[Path, FileIO] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        self._seek_lock = threading.Lock()
+        self._lock = threading.Lock()
         try:
             for path in files:
                 self._files[path], tensors = read_header(path)
@@ -137,13 +139,19 @@ class Store:
 
     def read_bytes(self, info: TensorInfo, start: int, out: memoryview) -> None:
         """Fill `out` with the stored bytes of a tensor from its byte `start` on."""
+        self.read_run(info, start, [out])
+
+    def read_run(self, info: TensorInfo, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, one after the other, with the bytes of a tensor's file from the tensor's
+        byte `start` on; they may go on into the tensors behind it. Any thread may call it."""
         file = self._files.get(info.file)
         if file is None:
             raise ValueError(f"the store of {self.folder} is closed")
+        todo = [buffer for buffer in buffers if len(buffer)]
         done, at = 0, info.offset + start
-        while done < len(out):
+        while todo:
             try:
-                got = self._read_at(file, out[done:], at + done)
+                got = self._read_at(file, todo[:_MOST_BUFFERS], at + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {info.file}: {error.strerror}") from error
             if got <= 0:
@@ -151,14 +159,19 @@ class Store:
                     f"{info.file} ends inside {shown(info.name)}: it was changed while in use"
                 )
             done += got
-        self.bytes_read += done
+            while todo and got >= len(todo[0]):
+                got -= len(todo.pop(0))
+            if got:
+                todo[0] = todo[0][got:]
+        with self._lock:
+            self.bytes_read += done
 
-    def _read_at(self, file: FileIO, out: memoryview, offset: int) -> int:
+    def _read_at(self, file: FileIO, buffers: Sequence[memoryview], offset: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(file.fileno(), [out], offset)
-        with self._seek_lock:  # Windows has no positioned read into a buffer
+            return os.preadv(file.fileno(), buffers, offset)
+        with self._lock:  # Windows has no positioned read into a buffer
             file.seek(offset)
-            return file.readinto(out) or 0
+            return file.readinto(buffers[0]) or 0
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Fill the contiguous `out`, of the stored shape, converting to its type and device.
@@ -173,8 +186,13 @@ class Store:
             )
         self.read_flat(name, 0, out.detach().view(-1))
 
-    def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill the one-dimensional `out` with a tensor's elements from number `start` on."""
+    def read_flat(
+        self, name: str, start: int, out: torch.Tensor, at_once: int | None = None
+    ) -> None:
+        """Fill the one-dimensional `out` with a tensor's elements from number `start` on.
+
+        `at_once` elements are converted at a time, or what 4 MiB of scratch hold.
+        """
         import torch
 
         info = self.info(name)
@@ -185,7 +203,7 @@ class Store:
         if out.device.type == "cpu" and out.dtype == stored:
             self.read_bytes(info, start * item, _bytes_of(out))
             return
-        step = SCRATCH_BYTES // item
+        step = at_once or SCRATCH_BYTES // item
         scratch = torch.empty(min(step, out.numel()), dtype=stored, device="cpu")
         for begin in range(0, out.numel(), step):
             piece = scratch[: min(step, out.numel() - begin)]

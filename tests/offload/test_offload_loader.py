@@ -104,13 +104,13 @@ def test_tensors_are_read_in_the_order_of_the_file(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offsets: list[int] = []
-    plain = Store.read_into
+    plain = Store.read_flat
 
-    def seen(self: Store, name: str, out: Tensor) -> None:
+    def seen(self: Store, name: str, start: int, out: Tensor) -> None:
         offsets.append(self.info(name).offset)
-        plain(self, name, out)
+        plain(self, name, start, out)
 
-    monkeypatch.setattr(Store, "read_into", seen)
+    monkeypatch.setattr(Store, "read_flat", seen)
     loader_on(store)[0].load("toy")
     assert len(offsets) == 8
     assert offsets == sorted(offsets)

@@ -29,8 +29,14 @@ class LateLane:
         self.log.append(f"buffer {nbytes}")
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def begin(self) -> None:
-        self.log.append("begin")
+    def after_compute(self) -> None:
+        self.log.append("after compute")
+
+    def after(self, mark: LateMark) -> None:
+        """Compute on the host is always done."""
+
+    def compute_mark(self) -> LateMark:
+        return LateMark(self, 0)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.dtype == source.dtype
@@ -44,9 +50,9 @@ class LateLane:
             target.copy_(source)
         self.queue[:count] = [(torch.empty(0), torch.empty(0))] * count
 
-    def finish(self) -> None:
-        self.log.append("finish")
-        self.run(len(self.queue))
+    def wait(self, mark: LateMark) -> None:
+        self.log.append("compute waits")
+        self.run(mark.count)
 
 
 class LateMark:
@@ -80,7 +86,7 @@ def test_staged_parts_are_the_same_as_read_in_place(store: Store) -> None:
     assert loader.bytes_host_to_device == 2 * AS_LOADED + B_BYTES
     log = device.lane.log
     assert [entry for entry in log if "buffer" in entry] == ["buffer 33554432"] * 2
-    assert log[2:] == ["begin", "finish"] * 3
+    assert log[2:] == ["after compute", "compute waits"] * 3
 
 
 @pytest.mark.parametrize("buffer_bytes", [64, 128, 256, 1024, 1 << 20])
