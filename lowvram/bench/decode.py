@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowvram.bench.clock import SUM_BYTES, Timing, measure, read_bandwidth
+from lowvram.bench.llama import HEAD, LlamaThinker
 from lowvram.bench.published import PublishedThinker
 from lowvram.bench.thinker import PackedThinker
 from lowvram.config import OmniConfig
+from lowvram.errors import DeviceError
 from lowvram.quant import choose_head
 
 CONTEXT = 128
@@ -93,6 +95,17 @@ def bench_decode(
             decode_tokens_s_best=bound,
         )
     )
+    del theirs
+    gc.collect()
+    note("llama.cpp")
+    try:
+        with LlamaThinker(text, CONTEXT, PROMPT) as other:
+            steps, prompts = measure(other.step, seconds), measure(other.prefill, seconds)
+            nbytes = other.bytes_per_token()
+    except DeviceError as error:
+        note(f"no row for llama.cpp: {error}")
+    else:
+        rows.append(_row("llama.cpp", HEAD, steps, prompts, nbytes, bandwidth))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ FIELDS = {"name", "head", "decode_tokens_s", "prefill_tokens_s", "bytes_per_toke
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(decode, "read_bandwidth", lambda nbytes: 1e9)
     monkeypatch.setattr(decode, "measure", lambda work, seconds: measure(work, 0.0))
 
