@@ -27,6 +27,7 @@ from .search_grid import (
     clipped_share,
     full_range,
     nearest,
+    row_blocks,
 )
 from .search_inputs import Judge, Seen, look
 from .search_layer import (
@@ -113,6 +114,8 @@ class _Search:
     seen: dict[str, Seen] = field(default_factory=dict)
     judge: Judge | None = None
     steps: list[Step] = field(default_factory=list)
+    energies: dict[str, float] = field(default_factory=dict)
+    """Of each linear's true output, on the tokens its errors are judged by."""
 
     def see(self, forward: Forward, capture: Capture, inputs: LayerInputs) -> None:
         self.seen = look(self.weights, capture, inputs, self.settings)
@@ -200,18 +203,22 @@ class _Search:
         """Energy of the change of a linear's output as a share of its energy."""
         group = GROUP_OF[linear]
         columns, rows = fold.columns(group), fold.rows(linear)
-        change = coded.dense()
-        if rows is not None:
-            change.mul_(rows.unsqueeze(1))
-        if columns is not None:
-            change.div_(columns)
-        true = self.weights[f"{linear}.weight"].float()
-        change.sub_(true)
-        if group in self.seen:
-            x = self.seen[group].held_out
-            change, true = x @ change.T, x @ true.T
-        energy = float(true.square().sum())
-        return float(change.square().sum()) / energy if energy else 0.0
+        weight = self.weights[f"{linear}.weight"]
+        x = self.seen[group].held_out if group in self.seen else None
+        known = self.energies.get(linear)
+        energy, changed = 0.0, 0.0
+        for part in row_blocks(weight):
+            true, change = weight[part].float(), coded.dense(part)
+            if rows is not None:
+                change.mul_(rows[part].unsqueeze(1))
+            if columns is not None:
+                change.div_(columns)
+            change.sub_(true)
+            changed += float((change if x is None else x @ change.T).square().sum())
+            if known is None:
+                energy += float((true if x is None else x @ true.T).square().sum())
+        energy = self.energies.setdefault(linear, energy)
+        return changed / energy if energy else 0.0
 
     def _report(self, linear: str) -> LinearReport:
         coded, fold = self.best.coded[linear], self.best.fold

@@ -7,6 +7,7 @@ before anything is judged by it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,8 +29,8 @@ LEAST_STEP = 1e-5 / LEVELS
 MOST_STEP = 65504.0
 """The largest float16."""
 
-_ROWS = 1 << 20
-"""Weights packed at a time."""
+_BLOCK = 1 << 22
+"""Weights that are worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Grid:
 
     steps: Tensor
     zeros: Tensor
+
+    def rows(self, part: slice) -> Grid:
+        return Grid(self.steps[part], self.zeros[part])
 
 
 def grid_of(low: Tensor, high: Tensor) -> Grid:
@@ -71,11 +75,10 @@ class Coded:
     q: Tensor
     grid: Grid
 
-    def dense(self) -> Tensor:
-        """The weights a reader will compute with, float32 [N, K]."""
-        rows = self.q.shape[0]
-        grouped = self.q.view(rows, self.grid.steps.shape[1], -1)
-        return values(grouped, self.grid).view(rows, -1)
+    def dense(self, part: slice = slice(None)) -> Tensor:
+        """The weights a reader will compute with, or some rows of them: float32 [N, K]."""
+        q, grid = self.q[part], self.grid.rows(part)
+        return values(q.view(*grid.steps.shape, -1), grid).view(q.shape)
 
     def stored(self) -> dict[str, Tensor]:
         """`qweight` int32 [K, N/8], `qzeros` int32 [K/g, N/8], `scales` float16 [K/g, N]."""
@@ -103,24 +106,24 @@ def nearest(
     weight: Tensor, grid: Grid, seen: Seen | None = None, columns: Tensor | None = None
 ) -> Tensor:
     """Each weight to the nearest value of its grid, whatever the others do."""
-    rows, groups = grid.steps.shape
     q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    grouped, out = weight.view(rows, groups, -1), q.view(rows, groups, -1)
-    step = max(_ROWS // weight.shape[1], 1)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        out[part] = onto(grouped[part], Grid(grid.steps[part], grid.zeros[part]))
+    grouped, out = weight.view(*grid.steps.shape, -1), q.view(*grid.steps.shape, -1)
+    for part in row_blocks(weight):
+        out[part] = onto(grouped[part], grid.rows(part))
     return q
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """The rows of [N, K], some of them at a time."""
+    step = max(_BLOCK // weight.shape[1], 1)
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def clipped_share(weight: Tensor, grid: Grid) -> float:
     """Share of weights [N, K] that lie more than half a step outside their grid."""
     outside = 0
-    rows, groups = grid.steps.shape
-    grouped = weight.view(rows, groups, -1)
-    step = max(_ROWS // weight.shape[1], 1)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    grouped = weight.view(*grid.steps.shape, -1)
+    for part in row_blocks(weight):
         zeros, steps = grid.zeros[part].unsqueeze(-1), grid.steps[part].unsqueeze(-1)
         q = (grouped[part] / steps).round_().add_(zeros)
         outside += int(((q < 0) | (q > LEVELS)).sum())
@@ -131,7 +134,6 @@ def _packed(q: Tensor) -> Tensor:
     """uint8 [N, R] -> int32 [R, N/8]."""
     columns = q.T.cpu().numpy()
     out = np.empty((columns.shape[0], columns.shape[1] // 8), dtype=np.int32)
-    step = max(_ROWS // columns.shape[1], 1)
-    for start in range(0, len(columns), step):
-        out[start : start + step] = pack(np.ascontiguousarray(columns[start : start + step]))
+    for part in row_blocks(q.T):
+        out[part] = pack(np.ascontiguousarray(columns[part]))
     return torch.from_numpy(out)

@@ -107,7 +107,9 @@ def look(
     judged: dict[str, list[Tensor]] = {group: [] for group in HEADS}
     for item in held_out:
         x = inputs[item]
-        kept = _chosen(len(x), -(-settings.judge_tokens // len(held_out)), settings.seed, item)
+        # Errors of linears are only told: half of the tokens that decide will do.
+        most = -(-settings.judge_tokens // (2 * len(held_out)))
+        kept = _chosen(len(x), most, settings.seed, item)
         captured = capture(weights, item, x)
         for group, linear in HEADS.items():
             rows = captured[linear].reshape(len(x), -1)

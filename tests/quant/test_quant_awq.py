@@ -13,7 +13,7 @@ from torch import Tensor
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.quant import Geometry, LayerResult, SearchSettings, dense_layer, quantize_layer
 from lowvram.quant.search_fold import GROUPS, Fold, expand, tie
-from lowvram.quant.search_grid import Grid, full_range, grid_of, nearest, onto, values
+from lowvram.quant.search_grid import Grid, full_range, grid_of, nearest, onto, row_blocks, values
 from lowvram.quant.search_inputs import Seen, look
 from lowvram.quant.search_ranges import best_ranges
 from lowvram.quant.search_scales import best_scale
@@ -293,6 +293,41 @@ def test_the_same_seed_gives_the_same_bytes(items: list[Tensor], found: LayerRes
     assert list(again.tensors) == list(found.tensors) and again.steps == found.steps
     for name, tensor in again.tensors.items():
         assert torch.equal(tensor, found.tensors[name]), name
+
+
+def test_large_linears_go_by_in_blocks(
+    items: list[Tensor], found: LayerResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last block is a short one."""
+    monkeypatch.setattr("lowvram.quant.search_grid._BLOCK", 3 * 512 + 1)
+    assert len(list(row_blocks(torch.empty(256, 512)))) == 86
+    blocks = packed(LAYER.weights(), items)
+    for name, tensor in blocks.tensors.items():
+        assert torch.equal(tensor, found.tensors[name]), name
+    for one, whole in zip(blocks.reports, found.reports, strict=True):
+        assert one.clipped == whole.clipped
+        for error in ("rtn_error", "awq_error"):
+            assert getattr(one, error) == pytest.approx(getattr(whole, error), rel=1e-4)
+
+
+def test_errors_of_linears_are_of_their_outputs_on_held_out_tokens(
+    items: list[Tensor], found: LayerResult
+) -> None:
+    weights = LAYER.weights()
+    dense = dense_layer(found.tensors, 128)
+    plain = dense_layer(packed(weights, items, SearchSettings(method="rtn")).tensors, 128)
+    x = torch.cat([LAYER.capture(weights, i, x)["mlp.gate_proj"] for i, x in enumerate(items[-2:])])
+    # The norm before it carries the inverse of the scale.
+    scale = weights[NORMS[1]] / dense[NORMS[1]]
+    name = "mlp.gate_proj.weight"
+    true = x @ weights[name].T
+    report = found.reports[4]
+    for stored, columns, told in (
+        (plain, torch.ones(256), report.rtn_error),
+        (dense, scale, report.awq_error),
+    ):
+        off = (x / columns) @ stored[name].T - true
+        assert float(off.square().sum() / true.square().sum()) == pytest.approx(told, rel=0.02)
 
 
 def test_the_seed_chooses_the_tokens(items: list[Tensor]) -> None:
