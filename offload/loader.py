@@ -21,7 +21,7 @@ from .fill import allocate, bytes_of, read, stored_rows, tensors_of
 from .lane import CopyLane
 from .meter import Meter
 from .part import Part
-from .placement import Placement
+from .placement import Placement, blob_bytes
 from .skeleton import FillFrom, Skeleton, Slot, check_stored
 from .slabs import Slabs
 from .staging import Staging
@@ -210,6 +210,14 @@ class Loader:
     def nbytes(self, name: str) -> int:
         """Bytes the part's tensors take on the device as they are stored; loads nothing."""
         return self._skeleton(name).nbytes
+
+    def unit_bytes(self, name: str) -> tuple[int, ...]:
+        """Bytes of a slab that each of the part's units would need."""
+        skeleton = self._skeleton(name)
+        return tuple(
+            blob_bytes(slot.empty.nbytes for slot in skeleton.unit_slots(index))
+            for index in range(len(skeleton.units))
+        )
 
     def is_resident(self, name: str) -> bool:
         """Whether the part is loaded, be it with units that stream."""
