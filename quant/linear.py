@@ -70,10 +70,18 @@ class QuantLinear(nn.Module):
             "qzeros": torch.int32,
             "scales": scales_dtype,
         }
+        self.as_built()
+
+    def as_built(self) -> None:
+        """The tensors are again, or for the first time, the stored ones: compute from those."""
         self.kernel = self.choose("meta")
         self._held: tuple[str, ...] = _STORED
         self.joined: tuple[int, ...] = ()
         """Outputs of each of the linears that this one computes, itself first; empty if alone."""
+
+    def keeps_stored(self, device: str) -> bool:
+        """Whether `after_load` on a device of that type leaves the stored tensors in place."""
+        return self.choose(device).name == "reference"
 
     def choose(self, device: str) -> Kernel:
         """The kernel for this linear on a device of that type, and the reason for it."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowvram.offload import Loader, Meter, Part, Store, open_device
+from lowvram.offload import Loader, Meter, Part, Placement, Store, open_device
 from lowvram.pocket import make_checkpoint
 from lowvram.quant import KernelName, QuantLinear, linear_bytes
 
@@ -75,3 +75,27 @@ def test_load_drop_and_load_again(
         ) + (64 * size)
         again = results(loader.load("layer"))
         assert all(torch.equal(first[path], again[path]) for path in LINEARS)
+
+
+def test_a_prepared_linear_streams_as_stored_after_a_drop(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "awq", awq=True, speech=False)
+    device = open_device("cpu")
+
+    def linears(module: nn.Module) -> list[nn.Module]:
+        return [module.get_submodule(path) for path in LINEARS]
+
+    part = Part("layer", LAYER, lambda: build(torch.bfloat16), torch.bfloat16, linears)
+    x = torch.randn(3, 256).to(torch.bfloat16)
+    with Store.open(folder) as store:
+        loader = Loader(store, device, Meter(device), [part])
+        linear = loader.load("layer").get_submodule("self_attn.k_proj")
+        assert isinstance(linear, QuantLinear)
+        assert linear.kernel.name == "cpu" and "qweight" not in linear._buffers
+        prepared = linear(x)
+        placement = Placement(streamed=(0, 1, 2), slabs=2, slab_bytes=1 << 20)
+        loader.load("layer", placement)
+        assert linear.kernel.name == "reference" and linear.joined == ()
+        with loader.stream("layer").unit(0):
+            out = linear(x)
+        loader.close()
+    assert (out - prepared).float().norm() / prepared.float().norm() < 6e-3
