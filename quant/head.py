@@ -1,16 +1,15 @@
-"""An output layer of 16 bits in the file and 8 or 4 on the device: rounded once, on load."""
+"""An output layer of 16 bits in the file and 8 or 4 on the device: rounded as it is read."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import Problem, cpu
-from .sizes import HEAD_GROUP, HeadBits
-
-PIECE_ROWS = 1024
-"""Rows rounded at a time; a multiple of every block that weights are ordered in."""
+from .sizes import HEAD_GROUP, HEAD_PIECE_ROWS, HeadBits
 
 
 class RoundedHead(nn.Module):
@@ -21,11 +20,14 @@ class RoundedHead(nn.Module):
         out_features: V.
         bits: 8 (a scale for every row) or 4 (a scale and an offset for 32 inputs of a row).
 
-    `weight` [V, H] is loaded as it is stored; `after_load()` rounds it to the nearest and lets it
-    go. Where this build of torch lacks the product, the weight stays.
+    `fill_from` reads the stored `weight` [V, H] some rows at a time and keeps them rounded to the
+    nearest. Where this build of torch lacks the product, it keeps the weight as it is.
     """
 
     weight: Tensor
+
+    fills = "weight"
+    """The stored tensor that `fill_from` reads; it gets no memory of its own before."""
 
     def __init__(self, in_features: int, out_features: int, bits: HeadBits) -> None:
         super().__init__()
@@ -34,19 +36,26 @@ class RoundedHead(nn.Module):
 
     @property
     def rounded(self) -> bool:
-        """Whether the 16-bit weights are gone."""
+        """Whether the rounded weights are held, and not the 16-bit ones."""
         return "weight" not in self._parameters
 
-    def after_load(self) -> None:
-        weight = self.weight
+    def fill_from(self, rows: Callable[[int, int], Tensor], device: torch.device) -> None:
+        """Hold on `device` what `rows(start, stop)` gives, [stop - start, H] of the stored weight
+        in the type of the activations."""
+        dtype = rows(0, 1).dtype
         shape = (self.in_features, self.out_features, HEAD_GROUP)
-        if weight.device.type != "cpu" or cpu.refusal(Problem("cpu", weight.dtype, *shape)):
-            return
-        values = weight.data
-        held = _four_bits(values) if self.bits == 4 else _eight_bits(values)
-        del self._parameters["weight"]
-        for name, tensor in held.items():
-            self.register_buffer(name, tensor)
+        if device.type == "cpu" and cpu.refusal(Problem("cpu", dtype, *shape)) is None:
+            del self._parameters["weight"]
+            for name, tensor in self._empty_rounded().items():
+                self.register_buffer(name, tensor)
+            keep = self._keep_four_bits if self.bits == 4 else self._keep_eight_bits
+        else:
+            weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            keep = self._keep_stored
+        for start in range(0, self.out_features, HEAD_PIECE_ROWS):
+            stop = min(start + HEAD_PIECE_ROWS, self.out_features)
+            keep(slice(start, stop), rows(start, stop))
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [M, H] -> bfloat16 [M, V]."""
@@ -60,29 +69,33 @@ class RoundedHead(nn.Module):
             out = ops._weight_int4pack_mm_for_cpu(rows, packed, HEAD_GROUP, scales)
         return out
 
+    def _empty_rounded(self) -> dict[str, Tensor]:
+        """Of 8 bits int8 [V, H] and a bfloat16 scale for every row; of 4 uint8 [V, H / 2] in
+        aten's order and bfloat16 [H / 32, V, 2] of scale and offset, for `(q - 8) * scale +
+        offset`."""
+        inputs, outputs = self.in_features, self.out_features
+        if self.bits == 8:
+            packed = torch.empty(outputs, inputs, dtype=torch.int8)
+            return {"packed": packed, "scales": torch.empty(outputs, dtype=torch.bfloat16)}
+        pairs = torch.empty(inputs // HEAD_GROUP, outputs, 2, dtype=torch.bfloat16)
+        return {
+            "packed": torch.empty(outputs, inputs // 2, dtype=torch.uint8),
+            "scales": pairs,
+        }
 
-def _eight_bits(weight: Tensor) -> dict[str, Tensor]:
-    """[V, H] -> int8 [V, H] and a bfloat16 scale for every row."""
-    packed = torch.empty_like(weight, dtype=torch.int8)
-    scales = weight.new_empty(len(weight), dtype=torch.bfloat16)
-    for start in range(0, len(weight), PIECE_ROWS):
-        rows = slice(start, start + PIECE_ROWS)
-        values = weight[rows].float()
+    def _keep_stored(self, rows: slice, weight: Tensor) -> None:
+        self.weight.data[rows].copy_(weight)
+
+    def _keep_eight_bits(self, rows: slice, weight: Tensor) -> None:
+        packed, scales = self.get_buffer("packed"), self.get_buffer("scales")
+        values = weight.float()
         step = (values.abs().amax(dim=1) / 127).clamp_(min=1e-12).to(torch.bfloat16)
         scales[rows] = step
         packed[rows] = values.div_(step.float().unsqueeze(1)).round_().clamp_(-127, 127)
-    return {"packed": packed, "scales": scales}
 
-
-def _four_bits(weight: Tensor) -> dict[str, Tensor]:
-    """[V, H] -> uint8 [V, H / 2] in aten's order, bfloat16 [H / 32, V, 2] of scale and offset, for
-    `(q - 8) * scale + offset`."""
-    outputs, inputs = weight.shape
-    packed = weight.new_empty(outputs, inputs // 2, dtype=torch.uint8)
-    pairs = weight.new_empty(inputs // HEAD_GROUP, outputs, 2, dtype=torch.bfloat16)
-    for start in range(0, outputs, PIECE_ROWS):
-        rows = slice(start, start + PIECE_ROWS)
-        grouped = weight[rows].float().unflatten(1, (-1, HEAD_GROUP))
+    def _keep_four_bits(self, rows: slice, weight: Tensor) -> None:
+        packed, pairs = self.get_buffer("packed"), self.get_buffer("scales")
+        grouped = weight.float().unflatten(1, (-1, HEAD_GROUP))
         low, high = grouped.aminmax(dim=2)
         scale = ((high - low) / 15).clamp_(min=1e-12).to(torch.bfloat16)
         # Rounded first, so that the integers are the nearest for the offset that is kept.
@@ -91,4 +104,3 @@ def _four_bits(weight: Tensor) -> dict[str, Tensor]:
         q = grouped.round_().add_(8).clamp_(0, 15).flatten(1).int()
         packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         pairs[:, rows] = torch.stack((scale, offset), dim=-1).transpose(0, 1)
-    return {"packed": packed, "scales": pairs}

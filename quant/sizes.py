@@ -78,6 +78,9 @@ HeadBits = Literal[4, 8]
 HEAD_GROUP = 32
 """Inputs of one row of a 4-bit head that share a scale and an offset."""
 
+HEAD_PIECE_ROWS = 1024
+"""Rows rounded at a time; a multiple of every block that weights are ordered in."""
+
 HEAD_OPTIONS: dict[str, HeadBits] = {"head4": 4, "head8": 8}
 """Names of the options that round the head, the faster first."""
 
@@ -114,6 +117,6 @@ def head_bytes(inputs: int, outputs: int, bits: HeadBits) -> int:
 
 
 def head_loading_bytes(inputs: int, outputs: int) -> int:
-    """Bytes that loading a rounded head takes besides itself, at most: the 16-bit head, and the
-    rows that are being rounded."""
-    return 2 * inputs * outputs + 1024 * inputs * 24
+    """Bytes that loading a rounded head takes besides itself, at most: the rows that are being
+    read and rounded, a few times over in wider types."""
+    return 24 * inputs * min(outputs, HEAD_PIECE_ROWS)

@@ -58,8 +58,8 @@ class PackedThinker:
         dense = self.model.lm_head
         assert isinstance(dense, nn.Linear)
         head = RoundedHead(dense.in_features, dense.out_features, bits)
-        head.weight = nn.Parameter(dense.weight.data, requires_grad=False)
-        head.after_load()
+        weight = dense.weight.data
+        head.fill_from(lambda start, stop: weight[start:stop], weight.device)
         self.heads[name] = head
 
     def step(self, head: str) -> Tensor:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Allocations
 
 from lowvram import LowVRAMOmni
 from lowvram.pocket import make_checkpoint
-from lowvram.quant import HeadBits, RoundedHead, choose_head, head_bytes
+from lowvram.quant import HeadBits, RoundedHead, choose_head, head_bytes, head_loading_bytes
+from lowvram.quant.kernels import cpu
+from lowvram.quant.sizes import HEAD_PIECE_ROWS
 
 WORDS = [{"role": "user", "content": "Say something."}]
 
@@ -17,19 +20,51 @@ WORDS = [{"role": "user", "content": "Say something."}]
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.012), (4, 0.09)])
 def test_rounds_to_the_nearest_and_holds_what_is_planned(bits: HeadBits, bound: float) -> None:
     torch.manual_seed(0)
-    head = RoundedHead(96, 1152, bits).to(torch.bfloat16)
     weight = torch.randn(1152, 96).bfloat16()
     weight[7] = 0.0
-    head.weight.data = weight.clone()
-    x = torch.randn(1, 96).bfloat16()
+    asked: list[int] = []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return weight[start:stop].clone()
+
+    with torch.device("meta"):
+        head = RoundedHead(96, 1152, bits)
     assert not head.rounded
-    exact = head(x).float()
-    head.after_load()
-    assert head.rounded
+    head.fill_from(rows, torch.device("cpu"))
+    assert head.rounded and not list(head.parameters())
+    assert max(asked) == HEAD_PIECE_ROWS < 1152  # never the whole
     assert sum(b.nbytes for b in head.buffers()) == head_bytes(96, 1152, bits)
-    found = head(x).float()
+    x = torch.randn(1, 96).bfloat16()
+    exact, found = x.float() @ weight.float().T, head(x).float()
     assert 0 < (found - exact).norm() / exact.norm() < bound
     assert found[0, 7].abs() < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_filling_takes_itself_and_a_piece(bits: HeadBits) -> None:
+    inputs = 96
+    for pieces in (1, 3):
+        outputs = pieces * HEAD_PIECE_ROWS
+        with torch.device("meta"):
+            head = RoundedHead(inputs, outputs, bits)
+        with Allocations() as seen:
+            head.fill_from(lambda a, b: torch.ones(b - a, inputs).bfloat16(), torch.device("cpu"))
+        held = head_bytes(inputs, outputs, bits)
+        # All that a piece ever allocates, were none of it given back; pieces follow each other.
+        assert held < sum(seen.sizes) <= held + pieces * head_loading_bytes(inputs, outputs)
+    assert head_loading_bytes(2048, 151936) < 2048 * 151936 // 5
+
+
+def test_keeps_the_weight_where_the_product_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "aten_order", lambda: None)
+    weight = torch.randn(1152, 96).bfloat16()
+    with torch.device("meta"):
+        head = RoundedHead(96, 1152, 4)
+    head.fill_from(lambda start, stop: weight[start:stop], torch.device("cpu"))
+    assert not head.rounded and torch.equal(head.weight, weight)
+    x = torch.randn(1, 96).bfloat16()
+    torch.testing.assert_close(head(x), x @ weight.T)
 
 
 def test_is_chosen_only_where_allowed_and_faster() -> None:
