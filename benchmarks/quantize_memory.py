@@ -115,7 +115,7 @@ def watched(line: list[str], log: Path) -> tuple[int, dict[str, int]]:
             except (OSError, IndexError):
                 continue
             peaks = {name: max(peak, now.get(name, 0)) for name, peak in peaks.items()}
-            time.sleep(0.01)
+            time.sleep(0.03)
         return child.returncode, peaks
 
 

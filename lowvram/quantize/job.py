@@ -14,7 +14,7 @@ from lowvram.quantize.plan import QuantizePlan, plan_quantization
 from lowvram.quantize.settings import QuantizeSettings
 from lowvram.quantize.source import Source, check_places, check_source
 
-_FORM = 1
+_FORM = 2
 """Changes whenever the same job gives other bytes."""
 
 
