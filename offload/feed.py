@@ -55,6 +55,8 @@ class Feed:
         """The unit is in its slab, for the compute queued from here on, until `release`."""
         if self._using is not None:
             raise RuntimeError("a streamed unit is asked for while another one is in use")
+        if not len(self._slabs):
+            raise RuntimeError("a streamed unit is asked for after its part was dropped")
         self.begin(unit)
         self._using = unit
         first = self._coming[0]
