@@ -32,7 +32,7 @@ from lowvram.planner import (
     resolve_dtype,
 )
 from lowvram.quant import HeadBits, Scratch, choose_head, preferred_kernel
-from lowvram.report import Report, phase_rows
+from lowvram.report import Report, history_of, phase_rows
 from lowvram.settings import GenerationSettings
 
 
@@ -323,10 +323,9 @@ class LowVRAMOmni:
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
             head_error=run.head_error,
-            timeline=tuple(
-                (point.seconds, point.phase, sum(point.bytes_by_owner.values()))
-                for point in self._meter.timeline
-            ),
+            model=plan.model,
+            device=plan.device,
+            history=history_of(self._meter.timeline),
         )
 
 

@@ -260,6 +260,11 @@ def _add_media(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help=text)
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write memory over time there: a picture (.png), a page (.html) or numbers (.json)",
+    )
 
 
 def size_of(text: str) -> int:

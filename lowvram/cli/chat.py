@@ -16,6 +16,7 @@ from lowvram.cli.run import OUTPUT
 from lowvram.cli.wav import open_sink
 from lowvram.errors import LowVRAMError, UsageError
 from lowvram.options import Options
+from lowvram.report import check_report_path, write_report
 
 if TYPE_CHECKING:
     from lowvram.omni import LowVRAMOmni
@@ -39,12 +40,14 @@ def main(args: Namespace, console: Console) -> int:
         raise UsageError("-o -: a chat writes one file for each reply; name a file or a folder")
     if request.speech:
         open_sink(numbered(args.output or OUTPUT, 1))
+    if args.report:
+        check_report_path(args.report)
     request = request.suited_to(request.find_checkpoint())
     console.waiting(f"opening {request.model}")
     with request.open_model() as omni:
         if request.note is not None:
             console.say(f"note: {request.note}")
-        session = Session(request, omni, args.output or OUTPUT, console)
+        session = Session(request, omni, args.output or OUTPUT, console, args.report)
         for part in request.content:
             if part["type"] == "text":
                 session.send(part["text"])
@@ -55,13 +58,21 @@ def main(args: Namespace, console: Console) -> int:
 class Session:
     """A conversation at the keyboard: what was attached, what was set, how many turns so far."""
 
-    def __init__(self, request: Request, omni: LowVRAMOmni, output: str, console: Console) -> None:
+    def __init__(
+        self,
+        request: Request,
+        omni: LowVRAMOmni,
+        output: str,
+        console: Console,
+        report: str | None = None,
+    ) -> None:
         self._omni = omni
         self._chat = omni.chat()
         self._options: Options = {**request.options}
         self._speaks = request.speech
         self._attached: list[Part] = [p for p in request.content if p["type"] in MEDIA]
         self._output = output
+        self._report = report
         self._console = console
         self._turns = 0
 
@@ -127,6 +138,10 @@ class Session:
         result = follow(self._chat.stream(content, **self._options), self._console, sink)
         if sink is not None and result.report.audio_seconds:
             self._console.say(f"speech: {sink.name} ({result.report.audio_seconds:.2f} s)")
+        if self._report is not None:
+            name = numbered(self._report, self._turns)
+            write_report(result.report, name)
+            self._console.say(f"report: {name}")
         self._console.detail(result.report)
 
     def _attach(self, kind: str, place: str) -> None:

@@ -12,6 +12,7 @@ from lowvram.cli.reply import follow
 from lowvram.cli.request import GREETING, Request, read_request
 from lowvram.cli.wav import Sink, open_sink
 from lowvram.errors import DoesNotFitError, UsageError
+from lowvram.report import check_report_path, write_report
 
 if TYPE_CHECKING:
     from lowvram.events import Result
@@ -24,6 +25,8 @@ OUTPUT = "lowvram.wav"
 def main(args: Namespace, console: Console) -> int:
     request = read_request(args).asking(GREETING if args.model == POCKET else None)
     sink = _sink(args)
+    if args.report:
+        check_report_path(args.report)
     asked = request.speech
     request = request.suited_to(request.find_checkpoint())
     if asked and not request.speech:
@@ -38,9 +41,13 @@ def main(args: Namespace, console: Console) -> int:
             print_json(_summary(error.plan, None, None) | {"fits": False, "error": str(error)})
         raise
     path = sink.name if sink is not None and result.report.audio_seconds else None
+    if args.report:
+        write_report(result.report, args.report)
     if args.json:
         print_json(_summary(plan, result, path))
     _tell(result, path, console)
+    if args.report:
+        console.say(f"report: {args.report}")
     return 0
 
 

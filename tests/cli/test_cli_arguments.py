@@ -21,8 +21,8 @@ REPLY = (
 MEDIA = "--fps --max-frames --min-pixels --max-pixels --no-audio-in-video"
 REQUEST = f"{QUESTION} {PLACE} {REPLY} {MEDIA} --verbose --help"
 FLAGS = {
-    "run": f"{REQUEST} --output --json --quiet",
-    "chat": f"{REQUEST} --output --quiet",
+    "run": f"{REQUEST} --output --report --json --quiet",
+    "chat": f"{REQUEST} --output --report --quiet",
     "plan": f"{REQUEST} --json",
     "doctor": "--model --offline --json --verbose --help",
     "bench": "--model --device --threads --allow --json --quiet --verbose --help",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowvram.offload import format_size
 from lowvram.planner.plan import Plan
+from lowvram.report.history import Level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Report:
     resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
     `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
     makes, on a sample of the vocabulary; None where the head is as stored.
-    `timeline` is (seconds, phase, bytes held) wherever that changed.
+    `history` is what was held by whom from the start to the end.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -46,7 +47,14 @@ class Report:
     audio_seconds: float
     seed: int
     head_error: float | None = None
-    timeline: tuple[tuple[float, str, int], ...] = ()
+    model: str = ""
+    device: str = ""
+    history: tuple[Level, ...] = ()
+
+    @property
+    def timeline(self) -> tuple[tuple[float, str, int], ...]:
+        """`history` in short: (seconds, phase, bytes held)."""
+        return tuple((level.seconds, level.phase, level.total) for level in self.history)
 
     @property
     def real_time_factor(self) -> float | None:
@@ -56,9 +64,15 @@ class Report:
         spent = sum(p.seconds for p in self.phases if {"talk", "vocode"} & set(p.name.split("+")))
         return spent / self.audio_seconds
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the field names above and `real_time_factor`."""
-        return asdict(self) | {"real_time_factor": self.real_time_factor}
+    def to_json(self, *, history: bool = False) -> dict[str, Any]:
+        """A JSON object with the field names above, `timeline` and `real_time_factor`; `history`,
+        which is long, where it is asked for."""
+        found = asdict(self) | {"real_time_factor": self.real_time_factor}
+        found["history"] = [level._asdict() for level in self.history]
+        found["timeline"] = self.timeline
+        if not history:
+            del found["history"]
+        return found
 
     def __str__(self) -> str:
         rows = [("phase", "seconds", "predicted", "measured", "of predicted")]
