@@ -19,7 +19,7 @@ from lowvram.engine.run import Run
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
-from lowvram.offload import Loader, Meter, format_size, open_device
+from lowvram.offload import Loader, Meter, format_size, open_device, out_of_memory
 from lowvram.options import Conversation, Options, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
@@ -220,7 +220,7 @@ class LowVRAMOmni:
             for part in frozenset(self._loader.resident()) - before:
                 self._loader.drop(part)
             self._device.empty_cache()
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise DoesNotFitError(_surprise(plan, error), plan) from error
             raise
         finally:
@@ -325,6 +325,7 @@ class LowVRAMOmni:
             head_error=run.head_error,
             model=plan.model,
             device=plan.device,
+            notes=tuple(run.context.notes),
             history=history_of(self._meter.timeline),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lowvram.checkpoint import Checkpoint
 from lowvram.models.audio import AudioTower
+from lowvram.models.head import PiecewiseHead
 from lowvram.models.linear import LinearFactory, dense
 from lowvram.models.talker import Talker
 from lowvram.models.text import ThinkerText
@@ -45,14 +47,25 @@ def build_parts(
     parts = [
         Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
         Part("audio", "thinker.audio_tower.", partial(AudioTower, thinker.audio), dtype),
-        Part("text", "thinker.", partial(ThinkerText, thinker, linear), dtype),
+        Part("text", "thinker.", partial(ThinkerText, thinker, linear), dtype, _text_units),
     ]
     if speech and config.talker and config.dit and config.bigvgan:
         parts += [
-            Part("talker", "talker.", partial(Talker, config.talker), dtype),
+            Part("talker", "talker.", partial(Talker, config.talker), dtype, _talker_units),
             Part("token2wav", "token2wav.", partial(Token2Wav, config), torch.float32),
         ]
     return parts
+
+
+def _text_units(module: nn.Module) -> Sequence[nn.Module]:
+    """The layers, then the pieces of the head, if it has any."""
+    assert isinstance(module, ThinkerText)
+    return [*module.model.layers, *getattr(module.lm_head, "pieces", ())]
+
+
+def _talker_units(module: nn.Module) -> Sequence[nn.Module]:
+    assert isinstance(module, Talker)
+    return [*module.model.layers]
 
 
 def linear_factory(
@@ -72,6 +85,8 @@ def linear_factory(
     def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if head_bits is not None and name == HEAD:
             return RoundedHead(in_features, out_features, head_bits)
+        if name == HEAD and not checkpoint.quantized(name):
+            return PiecewiseHead(in_features, out_features, dtype.itemsize, "lm_head.weight")
         if quant is None or not checkpoint.quantized(name):
             return dense(name, in_features, out_features, bias)
         return QuantLinear(

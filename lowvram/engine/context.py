@@ -11,18 +11,28 @@ import torch
 from torch import nn
 
 from lowvram.config import DecoderConfig
+from lowvram.engine.host_kv import HostKVCache
+from lowvram.engine.ladder import Ladder
 from lowvram.models.kv_cache import KVCache
-from lowvram.offload import Device, Loader, Meter, Store
-from lowvram.planner.plan import Plan
+from lowvram.offload import Device, Loader, Meter, Placement, Store, UnitStream
+from lowvram.planner import Plan
+from lowvram.planner.streaming import spread
 from lowvram.quant import Scratch
 
 M = TypeVar("M", bound=nn.Module)
+
+SLABS = 2
+"""Units of a streamed part on the device at a time: one in use, one on its way."""
 
 
 @dataclass
 class Context:
     """One request's view of the device. `dtype` is the compute type of everything but token2wav;
-    `scratch` is what packed weights are de-quantized into, and is given back after every phase."""
+    `scratch` is what packed weights are de-quantized into, and is given back after every phase.
+
+    `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
+    same (see `engine/ladder.py`).
+    """
 
     device: Device
     store: Store
@@ -31,6 +41,12 @@ class Context:
     plan: Plan
     dtype: torch.dtype
     scratch: Scratch = field(default_factory=Scratch)
+    placements: dict[str, Placement] = field(init=False)
+    notes: list[str] = field(default_factory=list)
+    _using: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.placements = dict(self.plan.placements)
 
     @contextmanager
     def phase(self, name: str, *, stepwise: bool = False) -> Iterator[None]:
@@ -49,17 +65,63 @@ class Context:
     @contextmanager
     def use(self, part: str, kind: type[M]) -> Iterator[M]:
         """That module on the device; it stays there afterwards only if the plan says so."""
-        with self.loader.use(part, keep=self.plan.resident(part)) as module:
+        self._using.add(part)
+        try:
+            module = Ladder(self, part).climb(lambda: self._load(part))
             assert isinstance(module, kind)
             yield module
+        finally:
+            self._using.discard(part)
+            if part in self.placements or not self.plan.resident(part):
+                self.loader.drop(part)
+
+    def _load(self, part: str) -> nn.Module:
+        return self.loader.load(part, self.placements.get(part))
+
+    def stream(self, part: str) -> UnitStream:
+        """How the units of a part in use come to the device."""
+        return self.loader.stream(part)
+
+    def idle(self) -> list[str]:
+        """Parts on the device that no phase under way uses."""
+        return [name for name in self.loader.resident() if name not in self._using]
+
+    def wider_placement(self, part: str) -> Placement | None:
+        """The part's placement with fewer units that stay; None where no fewer bytes would."""
+        sizes = self.loader.unit_bytes(part)
+        now = self.placements.get(part)
+        # The first units that stream only pay for the slabs that they stream through.
+        count = len(now.streamed) + 1 if now else SLABS + 1
+        if count > len(sizes):
+            return None
+        streamed = spread(count, len(sizes))
+        source = "file" if self.device.type == "cpu" else "ring"
+        return Placement(
+            streamed=streamed,
+            slabs=SLABS,
+            slab_bytes=max(sizes[i] for i in streamed),
+            source=now.source if now else source,
+        )
+
+    def replace(self, part: str, placement: Placement) -> None:
+        """Load a part in use again, in another placement."""
+        self.placements[part] = placement
+        self.loader.drop(part)
+        self._load(part)
+
+    def note(self, text: str) -> None:
+        """Say in the report that something was done otherwise than planned."""
+        self.notes.append(text)
 
     @property
     def host(self) -> torch.device:
-        """Where prompts, states and embeddings wait; on `meta` nothing leaves `meta`."""
-        return torch.device("meta" if self.device.type == "meta" else "cpu")
+        """Where prompts, states and embeddings wait."""
+        return torch.device("cpu")
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A result of the device, for a later phase."""
+        """A result of the device, for a later phase. `meta` has only its shape to give."""
+        if tensor.is_meta:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.host)
         return tensor.to(self.host)
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -77,17 +139,25 @@ class Context:
             self.meter.release("carry", key)
 
     @contextmanager
-    def kv_cache(self, key: str, config: DecoderConfig, max_tokens: int) -> Iterator[KVCache]:
-        """A KV cache for one sequence of at most `max_tokens`, allocated once, gone at the end."""
-        cache = KVCache(
-            layers=config.num_hidden_layers,
-            batch=1,
-            kv_heads=config.num_key_value_heads,
-            max_tokens=max_tokens,
-            head_dim=config.head_dim,
-            dtype=self.dtype,
-            device=self.device.torch,
-        )
+    def kv_cache(
+        self, key: str, part: str, config: DecoderConfig, max_tokens: int
+    ) -> Iterator[KVCache | HostKVCache]:
+        """A KV cache for one sequence of at most `max_tokens` through `part`, allocated once, gone
+        at the end; on the host where the plan says so."""
+
+        def make() -> KVCache | HostKVCache:
+            shape = {
+                "layers": config.num_hidden_layers,
+                "batch": 1,
+                "kv_heads": config.num_key_value_heads,
+                "max_tokens": max_tokens,
+                "head_dim": config.head_dim,
+            }
+            if self.plan.kv.get(key) == "host":
+                return HostKVCache(self.device, **shape, dtype=self.dtype)
+            return KVCache(**shape, dtype=self.dtype, device=self.device.torch)
+
+        cache = Ladder(self, part).climb(make)
         self.meter.hold("kv", key, cache.nbytes, [cache.data])
         try:
             yield cache

@@ -115,8 +115,10 @@ class Run:
             with context.phase("prefill"):
                 model = stack.enter_context(context.use("text", ThinkerText))
                 max_tokens = len(prompt.ids) + self.settings.tokens
-                cache = stack.enter_context(context.kv_cache("thinker", config.text, max_tokens))
-                thinker = Thinker(context, model, cache)
+                cache = stack.enter_context(
+                    context.kv_cache("thinker", "text", config.text, max_tokens)
+                )
+                thinker = Thinker(context, model, cache, context.plan.chunks["text"])
                 logits = thinker.prefill(embeds, prompt.positions, states)
                 self.head_error = thinker.head_error
             yield from self._decode(thinker, logits, replies)
@@ -189,7 +191,9 @@ class Run:
             )
             with context.phase("talk"):
                 model = stack.enter_context(context.use("talker", Talker))
-                cache = stack.enter_context(context.kv_cache("talker", config.decoder, max_tokens))
+                cache = stack.enter_context(
+                    context.kv_cache("talker", "talker", config.decoder, max_tokens)
+                )
             for code in talk(
                 context,
                 model,
@@ -202,6 +206,7 @@ class Run:
                 ),
                 defaults=defaults,
                 max_codes=max_codes,
+                chunk=context.plan.chunks["talker"],
             ):
                 self.codes.append(code)
                 yield code

@@ -12,12 +12,14 @@ from lowvram.checkpoint import GenerationDefaults
 from lowvram.config import TalkerConfig
 from lowvram.engine.context import Context
 from lowvram.engine.encode import embed_tokens
+from lowvram.engine.host_kv import HostKVCache
+from lowvram.engine.passes import DecoderPasses, Feed
 from lowvram.engine.sampling import Sampler
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.talker import Talker
-from lowvram.planner.laws import PREFILL_CHUNK
-from lowvram.quant import kernel_phase
 from lowvram.settings import SamplingSettings
+
+PART = "talker"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def codec_sampler(config: TalkerConfig, settings: SamplingSettings, *, seed: int
 def talk(
     context: Context,
     talker: Talker,
-    cache: KVCache,
+    cache: KVCache | HostKVCache,
     config: TalkerConfig,
     speech: Speech,
     *,
@@ -53,8 +55,10 @@ def talk(
     sampler: Sampler,
     defaults: GenerationDefaults,
     max_codes: int,
+    chunk: int,
 ) -> Iterator[int]:
-    """Codes of the reply, without the one that ends it. `voice_token` starts the voice's turn.
+    """Codes of the reply, without the one that ends it. `voice_token` starts the voice's turn;
+    `chunk` tokens of the prompt are computed at once.
 
     The first step sees the prompt, the voice and the first reply state; each later step sees the
     code before it plus the next reply state, then the end of text, then padding.
@@ -70,8 +74,10 @@ def talk(
         [speech.positions, np.tile(np.arange(position, position + 2), (3, 1))], axis=1
     )
     position += 2
-    with context.phase("talk"), kernel_phase("prefill"):
-        logits, filled = _prefill(context, talker, cache, config, prompt, place)
+    passes = DecoderPasses(context, PART, talker.model, cache, chunk)
+    feed = _feed(context, talker, config, prompt)
+    with context.phase("talk"):
+        logits = talker.logits(passes.prefill(feed, place, None))
     for spoken in range(1, max_codes + 1):
         code = sampler(logits)
         if code in defaults.codec_end_ids:
@@ -79,43 +85,26 @@ def talk(
         yield code
         if spoken == max_codes:
             return
-        with context.phase("talk", stepwise=True), kernel_phase("decode"):
+        with context.phase("talk", stepwise=True):
             x = talker.embed(torch.tensor([[code]], device=context.device.torch))
-            x = x + context.to_device(next(replies, pad))[None]
-            hidden = _forward(talker, cache, x, torch.full((3, 1, 1), position), filled)
-            logits = talker.logits(hidden[:, -1])
-        filled += 1
+            x = talker.project(x + context.to_device(next(replies, pad))[None])
+            logits = talker.logits(passes.step(x, position))
         position += 1
 
 
-def _prefill(
-    context: Context,
-    talker: Talker,
-    cache: KVCache,
-    config: TalkerConfig,
-    prompt: torch.Tensor,
-    positions: np.ndarray,
-) -> tuple[torch.Tensor, int]:
-    """Logits after the prompt [T, E] (whose last two rows get the codec's pad and start), and T."""
+def _feed(context: Context, talker: Talker, config: TalkerConfig, prompt: torch.Tensor) -> Feed:
+    """Inputs from the prompt [T, E] on the host, whose last two rows get the codec's pad and
+    start."""
     marks = torch.tensor([[config.tts_codec_pad_token_id, config.tts_codec_start_token_id]])
-    place = torch.from_numpy(positions)[:, None]
     last = len(prompt) - 2
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        x = context.to_device(prompt[None, start : start + PREFILL_CHUNK])
-        stop = start + x.shape[1]
+
+    def feed(start: int, stop: int) -> torch.Tensor:
+        x = context.to_device(prompt[None, start:stop])
         marked = range(max(start, last), stop)
         if marked:
             codec = talker.embed(marks.to(x.device))[:, marked.start - last :][:, : len(marked)]
-            x = torch.cat(
-                [x[:, : marked.start - start], x[:, marked.start - start :] + codec], dim=1
-            )
-        hidden = _forward(talker, cache, x, place[..., start:stop], start)
-    return talker.logits(hidden[:, -1]), len(prompt)
+            plain = marked.start - start
+            x = torch.cat([x[:, :plain], x[:, plain:] + codec], dim=1)
+        return talker.project(x)
 
-
-def _forward(
-    talker: Talker, cache: KVCache, x: torch.Tensor, positions: torch.Tensor, filled: int
-) -> torch.Tensor:
-    rope = talker.rope(positions, x.dtype)
-    hidden: torch.Tensor = talker(x, rope, cache, filled)
-    return hidden
+    return feed

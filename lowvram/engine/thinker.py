@@ -6,11 +6,15 @@ import numpy as np
 import torch
 
 from lowvram.engine.context import Context
+from lowvram.engine.host_kv import HostKVCache
+from lowvram.engine.passes import DecoderPasses
+from lowvram.models.head import PiecewiseHead
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.text import ThinkerText
 from lowvram.parts import HEAD
-from lowvram.planner.laws import PREFILL_CHUNK
 from lowvram.quant import RoundedHead, kernel_phase
+
+PART = "text"
 
 HEAD_SAMPLE = 256
 """Rows of the head by which its rounding is judged."""
@@ -19,11 +23,12 @@ HEAD_SAMPLE = 256
 class Thinker:
     """The text model, its KV cache, and how far the cache is filled."""
 
-    def __init__(self, context: Context, model: ThinkerText, cache: KVCache) -> None:
+    def __init__(
+        self, context: Context, model: ThinkerText, cache: KVCache | HostKVCache, chunk: int
+    ) -> None:
         self._context = context
         self._model = model
-        self._cache = cache
-        self._filled = 0
+        self._passes = DecoderPasses(context, PART, model.model, cache, chunk)
         self.head_error: float | None = None
         """Of a rounded head: relative error of the logits of the prompt's last position."""
 
@@ -40,31 +45,33 @@ class Thinker:
         Returns:
             Logits of the last position [1, V].
         """
-        place = torch.from_numpy(positions)[:, None]
+
+        def feed(start: int, stop: int) -> torch.Tensor:
+            return self._context.to_device(embeds[None, start:stop])
+
+        hidden = self._passes.prefill(feed, positions, states)
         with kernel_phase("prefill"):
-            for start in range(0, len(embeds), PREFILL_CHUNK):
-                stop = start + PREFILL_CHUNK
-                hidden = self._forward(embeds[None, start:stop], place[..., start:stop])
-                if states is not None:
-                    states[start:stop] = self._context.to_host(hidden[0])
-            logits = self._model.logits(hidden[:, -1])
-            self.head_error = self._head_error(hidden[:, -1], logits)
-            return logits
+            logits = self._logits(hidden)
+            self.head_error = self._head_error(hidden, logits)
+        return logits
 
     def step(self, embed: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Feed one embedding [1, H]; returns its logits [1, V] and last hidden state [1, H]."""
-        place = torch.full((3, 1, 1), position, dtype=torch.long)
+        hidden = self._passes.step(self._context.to_device(embed[None]), position)
         with kernel_phase("decode"):
-            hidden = self._forward(embed[None], place)[:, -1]
-            return self._model.logits(hidden), hidden
+            return self._logits(hidden), hidden
 
-    def _forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        decoder = self._model.model
-        x = self._context.to_device(x)
-        rope = decoder.rope(positions, x.dtype)
-        hidden: torch.Tensor = decoder(x, rope, self._cache, self._filled)
-        self._filled += x.shape[1]
-        return hidden
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        stream = self._context.stream(PART)
+        head = self._model.lm_head
+        if not stream.streams or not isinstance(head, PiecewiseHead):
+            return self._model.logits(hidden)
+        first = len(self._model.model.layers)
+        scores = []
+        for index in range(first, first + len(head.pieces)):
+            with stream.unit(index) as piece:
+                scores.append(piece(hidden))
+        return torch.cat(scores, dim=-1).float()
 
     def _head_error(self, hidden: torch.Tensor, logits: torch.Tensor) -> float | None:
         """Against the head in the file, of which some rows are read; None if it is not rounded."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+_AT_HAND: AbstractContextManager[None] = nullcontext()
 
 
 class KVCache:
@@ -69,6 +72,14 @@ class KVCache:
         all_keys[:, :, start:end].copy_(keys)
         all_values[:, :, start:end].copy_(values)
         return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def at(self, index: int, start: int) -> AbstractContextManager[None]:
+        """Entered around the work on one layer, of which the first `start` rows are needed: here
+        every layer is always at hand. `engine/host_kv.py` has a cache that has to fetch it."""
+        return _AT_HAND
+
+    def restart(self) -> None:
+        """A prompt begins anew; what was written no longer counts."""
 
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be written after."""

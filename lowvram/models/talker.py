@@ -35,13 +35,18 @@ class Talker(nn.Module):
         rows: Tensor = self.model.embed_tokens(codes)
         return rows
 
+    def project(self, x: Tensor) -> Tensor:
+        """[B, T, embedding_size] -> the decoder's inputs [B, T, hidden_size]."""
+        narrow: Tensor = self.thinker_to_talker_proj(x)
+        return narrow
+
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """`Decoder.rope` for int64 positions [3, B, T]."""
         return self.model.rope(positions, dtype)
 
     def forward(self, inputs_embeds: Tensor, rope: Rope, cache: KVCache, start: int) -> Tensor:
         """[B, T, embedding_size] -> [B, T, hidden_size] after the final norm; see `Decoder`."""
-        hidden: Tensor = self.model(self.thinker_to_talker_proj(inputs_embeds), rope, cache, start)
+        hidden: Tensor = self.model(self.project(inputs_embeds), rope, cache, start)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -95,10 +95,15 @@ class Decoder(nn.Module):
                 tables are then made in fp32, the same for every device.
             dtype: that of the activations.
         """
+        cos, sin = self.tables(positions, dtype)
+        device = self.norm.weight.device
+        return cos.to(device), sin.to(device)
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """As `rope`, left where the positions are: each [B, T, 1, head_dim]."""
         config = self.config
         cos, sin = mrope(positions, config.mrope_section, config.head_dim, config.rope_theta)
-        device = self.norm.weight.device
-        return cos.to(dtype).to(device), sin.to(dtype).to(device)
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache, start: int) -> Tensor:
         """Run tokens `start` to `start + T` of a sequence whose first `start` are in the cache.

@@ -29,6 +29,7 @@ class Report:
     resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
     `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
     makes, on a sample of the vocabulary; None where the head is as stored.
+    `notes` say what was done otherwise than planned, because memory ran out all the same.
     `history` is what was held by whom from the start to the end.
     """
 
@@ -47,6 +48,7 @@ class Report:
     audio_seconds: float
     seed: int
     head_error: float | None = None
+    notes: tuple[str, ...] = ()
     model: str = ""
     device: str = ""
     history: tuple[Level, ...] = ()

@@ -24,7 +24,7 @@ from lowvram import (
 from lowvram.engine import run
 from lowvram.engine.vocode import SpeechStream
 from lowvram.models.text import ThinkerText
-from lowvram.offload import Store
+from lowvram.offload import Store, TensorInfo
 from lowvram.parts import Kernel
 from lowvram.pocket import make_checkpoint
 
@@ -184,13 +184,13 @@ def test_text_alone_never_reads_talker_or_vocoder(
     folder: Path, loaded_with_speech: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    original = Store.read_into
+    original = Store.read_run
 
-    def spy(self: Store, name: str, out: Any) -> None:
-        read.append(name)
-        original(self, name, out)
+    def spy(self: Store, info: TensorInfo, start: int, out: Any) -> None:
+        read.append(info.name)
+        original(self, info, start, out)
 
-    monkeypatch.setattr(Store, "read_into", spy)
+    monkeypatch.setattr(Store, "read_run", spy)
     with LowVRAMOmni.from_pretrained(folder, device="cpu", speech=loaded_with_speech) as omni:
         result = omni.generate(WORDS, return_audio=False, **SHORT)
     assert result.audio is None and result.codes == ()
