@@ -154,11 +154,15 @@ def _dequantize(packed: Tensor, pairs: Tensor, group: int, scratch: Scratch) -> 
         ((inputs, blocks, order.block), torch.bfloat16),
         ((blocks, inputs, half), torch.uint8),
     )
-    # Turned only when copied: taking nibbles out is several times faster where they lie.
     pieces = packed.view(blocks, inputs, half)
-    weights[..., order.low] = torch.bitwise_and(pieces, 15, out=nibbles).transpose(0, 1)
-    weights[..., order.high] = torch.bitwise_right_shift(pieces, 4, out=nibbles).transpose(0, 1)
-    grouped = weights.view(inputs // group, group, outputs).sub_(8)
+    for place in (order.low, order.high):
+        # A nibble with its top bit turned, shifted right as a signed byte, is already `q - 8`.
+        signed = torch.bitwise_xor(pieces, 0x88, out=nibbles).view(torch.int8)
+        if place == order.low:
+            signed.mul_(16)
+        # Turned only when copied: taking nibbles out is several times faster where they lie.
+        weights[..., place] = signed.bitwise_right_shift_(4).transpose(0, 1)
+    grouped = weights.view(inputs // group, group, outputs)
     # Neighbours in memory, or the product is not vectorized.
     scale, offset = pairs.permute(2, 0, 1).contiguous().unsqueeze(2)
     torch.addcmul(offset, grouped, scale, out=grouped)
