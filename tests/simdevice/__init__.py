@@ -14,6 +14,7 @@ from .device import (
     now,
     pinned_bytes,
     races,
+    refusals,
     reset,
 )
 from .process import simulated
@@ -31,6 +32,7 @@ __all__ = [
     "now",
     "pinned_bytes",
     "races",
+    "refusals",
     "reset",
     "simulated",
 ]

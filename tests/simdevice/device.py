@@ -79,6 +79,11 @@ def allocations() -> int:
     return _native().size("allocations")
 
 
+def refusals() -> int:
+    """Allocations refused since `reset`, for the limit or as planned."""
+    return _native().size("refusals")
+
+
 def live_bytes() -> int:
     """In live storages, each rounded up to 512."""
     return _native().size("allocated")
