@@ -13,13 +13,16 @@ def quantization_config(group_size: int) -> dict[str, Any]:
 
     The list of what was not converted is read in two ways: as substrings of a module's name
     (AutoAWQ, vLLM, transformers to 4.56) and as regular expressions that must match from the
-    name's first character (transformers from 5.0). It holds every part in both forms.
+    name's first character (transformers from 5.0). It holds every part in both forms. `sym` says
+    the same as `zero_point` to readers of GPTQ's words; auto-round takes true where it is missing,
+    and reads noise.
     """
     return {
         "bits": 4,
         "group_size": group_size,
         "modules_to_not_convert": [*_KEPT, *(f".*{part}.*" for part in _KEPT)],
         "quant_method": "awq",
+        "sym": False,
         "version": "gemm",
         "zero_point": True,
     }

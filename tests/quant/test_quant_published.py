@@ -48,6 +48,7 @@ def test_the_rest_is_what_readers_ask_for() -> None:
         "bits": 4,
         "group_size": 64,
         "quant_method": "awq",
+        "sym": False,
         "version": "gemm",
         "zero_point": True,
     }
