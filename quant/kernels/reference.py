@@ -37,8 +37,11 @@ def run(
     phase: Phase,
     scratch: Scratch,
 ) -> Tensor:
-    """x [M, K] -> [M, N], in the type of x."""
+    """x [M, K] -> [M, N], in the type of x. On `meta` only its memory is taken."""
     qweight, qzeros, scales = held["qweight"], held["qzeros"], held["scales"]
+    step = piece_columns(PIECE_WEIGHTS["reference"], x.shape[1], 8)
+    if x.is_meta:
+        return _memory_alone(x, scales.shape, step, scratch)
 
     def weights(columns: slice) -> Tensor:
         packed = slice(columns.start // 8, columns.stop // 8)
@@ -53,8 +56,21 @@ def run(
         rounded = nibbles.view(-1).view(x.dtype)[: values.numel()].view(shape)
         return rounded.copy_(values)
 
-    step = piece_columns(PIECE_WEIGHTS["reference"], x.shape[1], 8)
     return by_pieces(x, scales.shape[1], step, weights, bias)
+
+
+def _memory_alone(x: Tensor, scales: torch.Size, step: int, scratch: Scratch) -> Tensor:
+    """What computing takes: the result, the place of a piece's weights, its zero points.
+
+    Torch describes each of the dozens of operations on pieces in Python, a hundred times slower
+    than a product is described.
+    """
+    groups, outputs = scales
+    shape = (x.shape[1], min(step, outputs))
+    result = x.new_empty(x.shape[0], outputs)
+    scratch.take(x.device, (shape, torch.int32), (shape, torch.float32))
+    x.new_empty(groups, shape[1], dtype=torch.int32).float()
+    return result
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
