@@ -9,7 +9,6 @@ arXiv:2112.05682). Which way is taken, and every block size, depends on shapes a
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,7 @@ KEY_BLOCK = 512
 LONGEST_KEY_BLOCK = 8192
 
 CAUSAL_ROWS = 64
-CAUSAL_SCORES = 64 * 2048
-"""On the CPU: rows of a block, fewer where that makes more scores than these for a query head."""
+"""Rows of a block on the CPU, of every query head."""
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -83,27 +81,30 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Scores of some rows and one key head at a time, in fp32. Twice as fast as the fused kernel,
-    whose 16-bit products of many rows are slow where the processor has no matrix unit."""
+    """The query heads that read one key head pass as rows of one head: over many rows the kernel
+    is up to twice as fast. Its own triangle does not fit such rows, so a block of them brings a
+    mask of the square at the end. What lies before the square is seen by all rows, and is joined
+    to it by the two log-sum-exps."""
     batch, heads, rows, width = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    group, past = heads // kv_heads, keys - rows
-    wide = torch.promote_types(q.dtype, torch.float32)
-    step = max(1, min(CAUSAL_ROWS, CAUSAL_SCORES // keys))
-    future = torch.full((step, step), float("-inf"), dtype=wide, device=q.device).triu_(1)
+    kv_heads, past = k.shape[1], k.shape[2] - rows
+    group = heads // kv_heads
+    grouped = q.unflatten(1, (kv_heads, group))
+    own_keys, own_values = k[:, :, past:], v[:, :, past:]
     out = q.new_empty(batch, rows, kv_heads, group, width)
-    for one, head in itertools.product(range(batch), range(kv_heads)):
-        members, values = q[one, head * group : (head + 1) * group], v[one, head]
-        all_keys = k[one, head].to(wide)
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            seen = past + end
-            asked = (members[:, begin:end].to(wide) * scale).flatten(0, 1)
-            scores = asked @ all_keys[:seen].T
-            own = scores.view(group, end - begin, seen)[..., past + begin :]
-            own.add_(future[: end - begin, : end - begin])
-            mixed = torch.softmax(scores, -1).to(v.dtype) @ values[:seen]
-            out[one, begin:end, head] = mixed.view(group, end - begin, width).transpose(0, 1)
+    placed = out.permute(0, 2, 3, 1, 4)
+    masses = []
+    for begin in range(0, rows, CAUSAL_ROWS):
+        end = min(begin + CAUSAL_ROWS, rows)
+        future = q.new_full((end - begin, end), float("-inf")).triu_(begin + 1)
+        asked = grouped[:, :, :, begin:end].flatten(2, 3)
+        keys, values, mask = own_keys[:, :, :end], own_values[:, :, :end], future.repeat(group, 1)
+        own, mass = _flash_cpu(asked, keys, values, attn_mask=mask, scale=scale)
+        placed[:, :, :, begin:end] = own.unflatten(2, (group, -1))
+        masses.append(mass.unflatten(2, (group, -1)))
+    if past:
+        old, mass = _flash_cpu(grouped.flatten(2, 3), k[:, :, :past], v[:, :, :past], scale=scale)
+        share = torch.sigmoid(mass.unflatten(2, (group, -1)) - torch.cat(masses, -1)).unsqueeze(-1)
+        placed.copy_(torch.lerp(placed.float(), old.unflatten(2, (group, -1)).float(), share))
     return out.flatten(2, 3).transpose(1, 2)
 
 
