@@ -9,6 +9,7 @@ from torch import nn
 
 from .blob import Blob
 from .device import Device
+from .placement import aligned
 from .skeleton import Slot, place_in_files
 from .staging import Staging
 from .store import Store
@@ -17,8 +18,8 @@ from .store import Store
 def allocate(slots: Sequence[Slot], device: Device, *, together: bool) -> int:
     """Hang uninitialised memory in every slot that the loader fills; returns its bytes.
 
-    `together` puts in one block what is not replaced after loading, so that an allocator's
-    rounding is paid once.
+    `together` is for an allocator that rounds up: what is not replaced after loading stands in one
+    block then, and every tensor counts as aligned.
     """
     wanted = [slot for slot in slots if not slot.filled_by_owner]
     kept = [slot for slot in wanted if together and _stays(slot, device)]
@@ -34,7 +35,7 @@ def allocate(slots: Sequence[Slot], device: Device, *, together: bool) -> int:
         if id(slot) not in inside:
             shape, dtype = slot.empty.shape, slot.empty.dtype
             slot.put(torch.empty(shape, dtype=dtype, device=device.torch))
-            held += slot.empty.nbytes
+            held += aligned(slot.empty.nbytes) if together else slot.empty.nbytes
     return held
 
 
@@ -85,7 +86,8 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of their distinct storages."""
+def bytes_of(tensors: Iterable[torch.Tensor], *, together: bool) -> int:
+    """Bytes of their distinct storages, as `allocate` counts them."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}.values()
+    return sum(aligned(size) if together else size for size in sizes)

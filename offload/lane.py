@@ -26,6 +26,9 @@ class CopyLane(Protocol):
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """Host memory the device can read and write by itself: uint8 `[nbytes]`."""
 
+    def trim_host(self) -> None:
+        """Give host buffers that nobody has any more back to the system, if they are kept."""
+
     def after_compute(self) -> None:
         """Copies from here on wait for the compute queued so far (it may still use the memory)."""
 
@@ -55,6 +58,12 @@ class StreamLane:
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def trim_host(self) -> None:
+        # Not on Ascend, which hands torch no such allocator.
+        trim = getattr(torch.accelerator, "empty_host_cache", None)
+        if trim is not None and self._device.type == "cuda":
+            trim()
 
     def after_compute(self) -> None:
         self.after(self.compute_mark())

@@ -118,7 +118,7 @@ class Loader:
         slots = [slot for slot in skeleton.slots if slot.owner in inside]
         if self._lane is None:
             self._lane = self._device.copy_lane()
-        held = allocate(slots, self._device, together=self._lane is not None)
+        held = allocate(slots, self._device, together=self._rounds)
         self._hold(name, skeleton.module, held)
         if self._reads and self._store is not None:
             self._bytes_resident += read(self._store, slots, self._staged(self._store))
@@ -128,9 +128,11 @@ class Loader:
         for module in staying:
             hook = getattr(module, "after_load", None)
             if hook is not None:
-                before = bytes_of(tensors_of(module))
+                before = self._size_of(tensors_of(module))
                 hook()
-                self._hold(name, module, bytes_of(tensors_of(module)) - before)
+                self._hold(name, module, self._size_of(tensors_of(module)) - before)
+        if placement is None or placement.source != "pinned":
+            self._supply.forget(name, self._lane)
         if placement is not None:
             one.feed = self._feed(name, skeleton, placement)
             one.feed.begin(0)
@@ -145,12 +147,20 @@ class Loader:
         """Have the slot's module make what it wants of its stored rows."""
         fill_from = cast(FillFrom, slot.owner.fill_from)
         others = [t for n, t in slot.owner.named_parameters() if n != slot.local]
-        before = bytes_of([*others, *slot.owner.buffers()])
+        before = self._size_of([*others, *slot.owner.buffers()])
         store = self._store if self._reads else None
         fill_from(stored_rows(store, slot), self._device.torch)
-        self._hold(name, slot.owner, bytes_of(tensors_of(slot.owner)) - before)
+        self._hold(name, slot.owner, self._size_of(tensors_of(slot.owner)) - before)
         if self._reads:
             self._bytes_resident += slot.empty.nbytes
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the device has an allocator of its own, which rounds up."""
+        return self._lane is not None
+
+    def _size_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        return bytes_of(tensors, together=self._rounds)
 
     def _feed(self, name: str, skeleton: Skeleton, placement: Placement) -> Feed:
         blobs = [Blob.of(skeleton.unit_slots(index)) for index in placement.streamed]
@@ -232,7 +242,7 @@ class Loader:
         for name in self.resident():
             self.drop(name)
         self._staging = None
-        self._supply.close()
+        self._supply.close(self._lane)
         self._lane = None
 
     def _skeleton(self, name: str) -> Skeleton:

@@ -66,30 +66,32 @@ class Supply:
         readers: Sequence[BlobReader],
         lane: CopyLane,
     ) -> list[torch.Tensor] | None:
-        known, masters = self._masters.get(name, ((), []))
-        if known == streamed:
-            return masters
-        self._masters.pop(name, None)
+        known = self._masters.get(name)
+        if known is not None and known[0] == streamed:
+            return known[1]
+        del known  # it holds on to the memory that is given back here
+        self.forget(name, lane)
         wanted, free = pinned_bytes(sizes), host_memory()[1]
         if wanted + HOST_RESERVE > free:
-            short = f"{format_size(free)} of host memory are free"
-        else:
-            try:
-                masters = pin(lane, sizes)
-            except (RuntimeError, MemoryError) as error:
-                short = _first_line(error)
-            else:
-                for reader, master in zip(readers, masters, strict=True):
-                    reader.read(master)
-                self._masters[name] = streamed, masters
-                return masters
+            self._note(name, wanted, "more of the host's memory than is free")
+            return None
+        try:
+            masters = pin(lane, sizes)
+        except (RuntimeError, MemoryError) as error:
+            self._note(name, wanted, _first_line(error))
+            return None
+        for reader, master in zip(readers, masters, strict=True):
+            reader.read(master)
+        self._masters[name] = streamed, masters
+        return masters
+
+    def _note(self, name: str, wanted: int, reason: str) -> None:
         note = (
-            f"{name}: streamed from the file instead of {format_size(wanted)} of pinned host "
-            f"memory: {short}"
+            f"{name}: its streamed units are read from the file again and again, since "
+            f"{format_size(wanted)} of pinned host memory could not be had ({reason})"
         )
         if note not in self.notes:
             self.notes.append(note)
-        return None
 
     def _ring(self, name: str, sizes: Sequence[int], lane: CopyLane) -> list[torch.Tensor]:
         try:
@@ -102,13 +104,16 @@ class Supply:
                 "that nothing streams"
             ) from error
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, lane: CopyLane | None) -> None:
         """Give back the masters of a part."""
-        self._masters.pop(name, None)
+        if self._masters.pop(name, None) is not None and lane is not None:
+            lane.trim_host()
 
-    def close(self) -> None:
+    def close(self, lane: CopyLane | None) -> None:
         """Give back all host memory."""
         self._masters.clear()
+        if lane is not None:
+            lane.trim_host()
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,9 @@ class LateLane:
         self.log.append(f"buffer {nbytes}")
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def trim_host(self) -> None:
+        self.log.append("trim")
+
     def after_compute(self) -> None:
         self.log.append("after compute")
 
