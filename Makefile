@@ -14,7 +14,7 @@ PYTEST_FLAGS ?= -n auto --maxprocesses=4
 SOURCES := $(shell find lowvram quant offload -name __pycache__ -prune -o \
     \( -type d -o -name '*.py' -o -name py.typed \) -print)
 
-.PHONY: help demo test lint types unit oracle-5.17 compiler clean
+.PHONY: help demo test lint types unit oracle-5.17 interop compiler clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make types        mypy on the built wheel'
 	@echo 'make unit         the tests alone (PYTEST_FLAGS="-k planner" for some of them)'
 	@echo 'make oracle-5.17  the comparison with transformers 5.17.0, in $(VENV_517)'
+	@echo 'make interop      other readers of AWQ files, in .venv-interop, on what is quantized here'
 	@echo 'make clean        remove environments, builds and caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
@@ -44,6 +45,10 @@ unit: $(VENV)/.tested
 
 oracle-5.17: $(VENV_517)/.installed
 	$(ONE_THREAD) $(VENV_517)/bin/python -m pytest -m oracle $(PYTEST_FLAGS)
+
+# A reader that cannot be installed here is named with the reason; a difference fails.
+interop: $(VENV)/.installed
+	$(ONE_THREAD) $(BIN)/python tests/interop/run.py --environments .venv-interop
 
 # Types are checked on what a user gets: the wheel, with `quant/` and `offload/` inside `lowvram`.
 build/types.stamp: $(SOURCES) pyproject.toml $(VENV)/.tested
@@ -87,5 +92,5 @@ compiler:
 	exit 1
 
 clean:
-	rm -rf $(VENV) $(VENV_517) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_517) .venv-interop build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lowvram quant offload demos tests -name __pycache__ -type d -prune -exec rm -rf {} +
