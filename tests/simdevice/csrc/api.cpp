@@ -4,7 +4,7 @@
 #include "tensors.h"
 
 using sim::machine;
-using Lock = std::lock_guard<std::recursive_mutex>;
+using Lock = std::lock_guard<sim::Mutex>;
 
 namespace {
 

@@ -11,7 +11,7 @@ namespace sim {
 
 namespace {
 
-using Lock = std::lock_guard<std::recursive_mutex>;
+using Lock = std::lock_guard<Mutex>;
 const c10::Device kDevice(c10::DeviceType::PrivateUse1, 0);
 
 std::string gib(size_t bytes) {

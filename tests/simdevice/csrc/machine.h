@@ -11,7 +11,30 @@
 #include "pinned.h"
 #include "shadow.h"
 
+extern "C" {  // of Python, which is there whenever this library is
+int PyGILState_Check();
+struct _ts* PyEval_SaveThread();
+void PyEval_RestoreThread(struct _ts*);
+}
+
 namespace sim {
+
+// Whoever holds it may need Python's own lock, to let go of a tensor; so nobody waits for it who
+// has that one.
+class Mutex {
+ public:
+  void lock() {
+    if (mutex_.try_lock()) return;
+    if (!PyGILState_Check()) return mutex_.lock();
+    struct _ts* state = PyEval_SaveThread();
+    mutex_.lock();
+    PyEval_RestoreThread(state);
+  }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  std::recursive_mutex mutex_;
+};
 
 constexpr size_t kAlign = 512;  // what the caching allocators of NPUs and GPUs round up to
 
@@ -32,7 +55,7 @@ struct Memory {
 };
 
 struct Machine {
-  std::recursive_mutex mutex;
+  Mutex mutex;
   Clock clock;
   Races races;
   Shadow shadow{races};

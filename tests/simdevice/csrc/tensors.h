@@ -39,7 +39,7 @@ class Work {
  private:
   void touch(const at::Tensor& tensor, bool write);
 
-  std::lock_guard<std::recursive_mutex> lock_;
+  std::lock_guard<Mutex> lock_;
   const std::string* what_;
   Task task_;
   double bytes_ = 0;
