@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-FEWEST, MOST = 3, 40
+FEWEST, MOST = 5, 100
 """Runs of a measured piece of work."""
 
 SUMS = 10
@@ -25,15 +25,20 @@ class Timing:
     best: float
 
 
-def measure(work: Callable[[], object], seconds: float) -> Timing:
-    """Run `work` once unmeasured, then for about that long, within `FEWEST` and `MOST` times."""
-    work()
-    taken: list[float] = []
-    while len(taken) < FEWEST or (sum(taken) < seconds and len(taken) < MOST):
-        start = time.perf_counter()
+def interleave(works: Sequence[Callable[[], object]], seconds: float) -> list[Timing]:
+    """Run each once unmeasured, then all in turns, so that what disturbs one disturbs all, for
+    about `seconds` each, within `FEWEST` and `MOST` turns."""
+    for work in works:
         work()
-        taken.append(time.perf_counter() - start)
-    return Timing(median(taken), min(taken))
+    taken: list[list[float]] = [[] for _ in works]
+    spent = 0.0
+    while len(taken[0]) < FEWEST or (spent < seconds * len(works) and len(taken[0]) < MOST):
+        for work, times in zip(works, taken, strict=True):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+            spent += times[-1]
+    return [Timing(median(times), min(times)) for times in taken]
 
 
 def read_bandwidth(nbytes: int = SUM_BYTES) -> float:

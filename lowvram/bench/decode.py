@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowvram.bench.clock import SUM_BYTES, Timing, measure, read_bandwidth
+import torch
+from torch import Tensor
+
+from lowvram.bench.clock import SUM_BYTES, Timing, interleave, read_bandwidth
 from lowvram.bench.llama import HEAD, LlamaThinker
 from lowvram.bench.published import PublishedThinker
 from lowvram.bench.thinker import PackedThinker
@@ -25,7 +28,8 @@ class Row:
     """One line of the table.
 
     Tokens a second are of the median run, and of the best; `bytes_per_token` is what decoding one
-    token reads. `of_bound` compares the best decoding with the `bound` of the same bytes.
+    token reads. `of_bound` compares the best decoding with the `bound` of the same bytes. Ours and
+    transformers' take turns; llama.cpp, whose threads would be in the way, comes after them.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Row:
     decode_tokens_s_best: float
     prefill_tokens_s_best: float | None = None
     of_bound: float | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,20 +75,26 @@ def bench_decode(
     if choice is not None and choice.bits is not None:
         head = f"{choice.bits}-bit"
         ours.add_head(head, choice.bits)
-    rows = []
-    for name, kind in (("ours", head), ("ours-16bit-head", "16-bit")):
-        note(name)
-        steps, prompts = _measured(ours, kind, seconds)
-        rows.append(_row(name, kind, steps, prompts, ours.bytes_per_token(kind), bandwidth))
-    read = rows[0].bytes_per_token
-    del ours
-    gc.collect()
-    note("transformers-bf16")
+    note("transformers' weights")
     theirs = PublishedThinker(raw["thinker_config"]["text_config"], CONTEXT, PROMPT)
-    steps, prompts = measure(theirs.step, seconds), measure(theirs.prefill, seconds)
-    rows.append(
-        _row("transformers-bf16", "16-bit", steps, prompts, _dense_bytes(config), bandwidth)
-    )
+    named: dict[str, tuple[str, int, Callable[[], Any], Callable[[], Any]]] = {
+        name: (kind, ours.bytes_per_token(kind), *_works(ours, kind))
+        for name, kind in (("ours", head), ("ours-16bit-head", "16-bit"))
+    }
+    named["transformers-bf16"] = "16-bit", _dense_bytes(config), theirs.step, theirs.prefill
+    note("decoding, in turns")
+    steps = interleave([step for _, _, step, _ in named.values()], seconds)
+    note("prefill, in turns")
+    prompts = interleave([prefill for *_, prefill in named.values()], seconds)
+    rows = [
+        _row(name, kind, step, prompt, nbytes, bandwidth)
+        for (name, (kind, nbytes, *_)), step, prompt in zip(
+            named.items(), steps, prompts, strict=True
+        )
+    ]
+    read = rows[0].bytes_per_token
+    del ours, theirs, named
+    gc.collect()
     bound = bandwidth / read
     rows.append(
         Row(
@@ -95,23 +106,22 @@ def bench_decode(
             decode_tokens_s_best=bound,
         )
     )
-    del theirs
-    gc.collect()
     note("llama.cpp")
     try:
         with LlamaThinker(text, CONTEXT, PROMPT) as other:
-            steps, prompts = measure(other.step, seconds), measure(other.prefill, seconds)
+            (step,) = interleave([other.step], seconds)
+            (prompt,) = interleave([other.prefill], seconds)
             nbytes = other.bytes_per_token()
     except DeviceError as error:
         note(f"no row for llama.cpp: {error}")
     else:
-        rows.append(_row("llama.cpp", HEAD, steps, prompts, nbytes, bandwidth))
+        rows.append(_row("llama.cpp", HEAD, step, prompt, nbytes, bandwidth))
     return rows
 
 
-def _measured(ours: PackedThinker, head: str, seconds: float) -> tuple[Timing, Timing]:
-    steps = measure(lambda: ours.step(head), seconds)
-    return steps, measure(lambda: ours.prefill(head), seconds)
+def _works(ours: PackedThinker, head: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """One step of decoding, and one prefill."""
+    return lambda: ours.step(head), lambda: ours.prefill(head)
 
 
 def _row(

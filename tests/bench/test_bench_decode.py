@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowvram.bench import decode
-from lowvram.bench.clock import FEWEST, measure
+from lowvram.bench.clock import FEWEST, interleave
 from lowvram.cli import bench
 from lowvram.cli.main import main
 from lowvram.errors import UsageError
@@ -22,7 +22,7 @@ FIELDS = {"name", "head", "decode_tokens_s", "prefill_tokens_s", "bytes_per_toke
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(decode, "read_bandwidth", lambda nbytes: 1e9)
-    monkeypatch.setattr(decode, "measure", lambda work, seconds: measure(work, 0.0))
+    monkeypatch.setattr(decode, "interleave", lambda works, seconds: interleave(works, 0.0))
 
 
 def test_the_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +31,7 @@ def test_the_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["ours", "ours-16bit-head", "transformers-bf16", "bound"]
     for row in rows.values():
         assert row.keys() >= FIELDS
+        assert row["threads"] == torch.get_num_threads()
         assert row["decode_tokens_s_best"] >= row["decode_tokens_s"] > 0
     ours, dense = rows["ours"], rows["ours-16bit-head"]
     assert (ours["head"], dense["head"]) == ("4-bit", "16-bit")
@@ -65,10 +66,11 @@ def test_what_cannot_be_measured(
     assert message in capsys.readouterr().err
 
 
-def test_work_is_measured_often_enough() -> None:
-    calls: list[int] = []
-    timing = measure(lambda: calls.append(1), 0.0)
-    assert len(calls) == FEWEST + 1 and 0 < timing.best <= timing.median
+def test_works_take_turns() -> None:
+    calls: list[str] = []
+    timings = interleave([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    assert calls == ["a", "b"] * (FEWEST + 1)
+    assert len(timings) == 2 and all(0 < one.best <= one.median for one in timings)
 
 
 def test_rows_are_of_the_engines_own_model() -> None:

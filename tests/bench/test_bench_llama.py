@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lowvram.bench import decode
-from lowvram.bench.clock import measure
+from lowvram.bench.clock import interleave
 from lowvram.bench.llama import LlamaThinker
 from lowvram.bench.llama_file import EMBEDDING, F32, Q4_0, Q8_0, tensors, write_gguf
 from lowvram.cli import bench
@@ -79,7 +80,7 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
 @pytest.mark.usefixtures("library")
 def test_the_row_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "read_bandwidth", lambda nbytes: 1e9)
-    monkeypatch.setattr(decode, "measure", lambda work, seconds: measure(work, 0.0))
+    monkeypatch.setattr(decode, "interleave", lambda works, seconds: interleave(works, 0.0))
     row = decode.bench_decode(bench.shapes("pocket"), ["head4"])[-1]
     assert (row.name, row.head) == ("llama.cpp", "8-bit")
     # Half a byte a weight and a step for 32 of them; the head a byte a weight and a step.
@@ -131,9 +132,13 @@ def test_the_file_s_tensors_are_the_model_s_and_lie_where_it_says(tmp_path: Path
     # The head is last: its first block is a step of 0.02/127 and 32 integers.
     block = data[-found[-1].nbytes :][:34]
     assert struct.unpack("<e", block[:2])[0] == pytest.approx(0.02 / 127, rel=1e-3)
-    norm = found[1]
-    start = header + found[0].nbytes
-    assert data[start : start + norm.nbytes] == struct.pack("<f", 1.0) * TEXT.hidden_size
+    start = header
+    for tensor in found:
+        if tensor.kind is F32:
+            value = 0.0 if tensor.name.endswith("bias") else 1.0
+            values = np.frombuffer(data, "<f4", *tensor.shape, start)
+            assert (values == value).all(), tensor.name
+        start += -(-tensor.nbytes // 32) * 32
 
 
 def test_the_file_of_the_3b_has_its_size() -> None:
