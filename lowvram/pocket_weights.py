@@ -71,12 +71,21 @@ def draw(name: str, shape: Shape, seed: int) -> Array:
     Raises:
         ValueError: a name for which there is no rule.
     """
+    mean, std = distribution(name, shape)
+    weights = noise(name, shape, seed) * np.float32(std) + np.float32(mean)
+    return _shaped(name, weights)
+
+
+def distribution(name: str, shape: Shape) -> tuple[float, float]:
+    """Mean and spread of one tensor's weights.
+
+    Raises:
+        ValueError: a name for which there is no rule.
+    """
     rule = next((rule for rule in _RULES if re.search(rule.pattern, name)), None)
     if rule is None:
         raise ValueError(f"no rule draws {name}")
-    spread = rule.std / (math.sqrt(_fan_in(name, shape)) if rule.fan_in else 1.0)
-    weights = noise(name, shape, seed) * np.float32(spread) + np.float32(rule.mean)
-    return _shaped(name, weights)
+    return rule.mean, rule.std / (math.sqrt(_fan_in(name, shape)) if rule.fan_in else 1.0)
 
 
 def noise(name: str, shape: Shape, seed: int) -> Array:
