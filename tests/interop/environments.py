@@ -32,7 +32,7 @@ READERS = (
         "autoawq",
         (
             "autoawq==0.2.9",
-            "transformers==4.51.3",
+            "transformers==4.52.4",
             "tokenizers==0.21.4",
             "huggingface_hub==0.36.2",
             *_REQUESTS,

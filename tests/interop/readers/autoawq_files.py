@@ -6,10 +6,12 @@ import torch
 from findings import (
     FLOAT16,
     GROUPS,
+    check_omni,
     compare_logits,
     expected,
     farthest,
     found,
+    omni_folder,
     stand_in,
     stored,
     text_folder,
@@ -47,6 +49,11 @@ def repacked(
     return {f"{linear}.{name}": t for name, t in packed.state_dict().items()}
 
 
+def load(folder: str) -> nn.Module:
+    options = {"fuse_layers": False, "device_map": {"": "cpu"}, "torch_dtype": torch.float16}
+    return AutoAWQForCausalLM.from_quantized(folder, **options).model
+
+
 def main() -> None:
     # Its loader refuses a CPU without an Intel extension that is no longer made.
     base.get_best_device = lambda: "cuda:0"
@@ -61,13 +68,8 @@ def main() -> None:
             again |= repacked(tensors, name, ours[f"{name}.weight"], group)
         kept = {name: tensors[name] for name in again if name in tensors}
         found(f"WQLinear_GEMM packs the same bits, g{group}", farthest(kept, again), 0.0)
-        loaded = AutoAWQForCausalLM.from_quantized(
-            text_folder(group),
-            fuse_layers=False,
-            device_map={"": "cpu"},
-            torch_dtype=torch.float16,
-        )
-        compare_logits("logits of its loader, float16", loaded.model, group, FLOAT16)
+        compare_logits("logits of its loader, float16", load(text_folder(group)), group, FLOAT16)
+        check_omni("its loader, float16", load(omni_folder(group)), group, FLOAT16)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,26 @@ def compare_logits(what: str, model: nn.Module, group: int, limit: float) -> Non
     found(f"{what}, g{group}", share(out, true["logits"]), limit)
 
 
+class ThinkerOf(nn.Module):
+    """A whole Omni's answer to token ids."""
+
+    def __init__(self, omni: nn.Module) -> None:
+        super().__init__()
+        self.thinker = omni.thinker
+
+    def forward(self, tokens: Tensor) -> object:
+        return self.thinker(input_ids=tokens)
+
+
+def check_omni(loader: str, omni: nn.Module, group: int, limit: float) -> None:
+    """All linears of the text layers are packed, nothing else is, and the logits are right."""
+    packed = [n for n, m in omni.named_modules() if hasattr(m, "qweight")]
+    wrong = [n for n in packed if not n.startswith("thinker.model.") or ".layers." not in n]
+    off = abs(len(packed) - LINEARS) + len(wrong)
+    found(f"linears of the whole Omni packed otherwise, {loader}, g{group}", off, 0.0)
+    compare_logits(f"logits of the whole Omni, {loader}", ThinkerOf(omni), group, limit)
+
+
 def share(out: Tensor, true: Tensor) -> float:
     """How far `out` is from `true`, as a share of it."""
     return float((out - true).norm() / true.norm())
