@@ -1,0 +1,120 @@
+"""Layers that do the same again take the same memory again, without describing every operation.
+
+On `meta` an operation costs no less time than on a device, since torch describes its result in
+Python. A long prompt repeats the same few calls thousands of times: each is run three times in a
+phase, and from then on only takes the memory that it took, at its peak and for its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.offload import Meter, open_device
+
+RUNS = 3
+"""Calls of a kind that are run in each phase: the last of them finds all that the first ones leave
+to be used again (the place of de-quantized weights) already there."""
+
+
+@dataclass
+class _Call:
+    """One kind of call: how often it was run, the most it took, and how to make its result."""
+
+    runs: int = 0
+    peak: int = 0
+    result: Callable[[Sequence[Any]], Tensor] | None = None
+
+
+class Replay:
+    """Watches the members of every `nn.ModuleList` of the modules it is given.
+
+    Calls are of one kind if they are made in the same phase of `meter`, of modules of one class
+    with the same numbers and the same parameters' shapes, with tensors of the same shapes.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._calls: dict[Hashable, _Call] = {}
+
+    def building(self, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        """`build`, and what it builds watched."""
+
+        def watched() -> nn.Module:
+            built = build()
+            for part in built.modules():
+                if isinstance(part, nn.ModuleList):
+                    for member in part:
+                        member.forward = self._watching(member, member.forward)
+            return built
+
+        return watched
+
+    def _watching(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        kind = _kind(module)
+
+        def call(*args: Any) -> Any:
+            key = (len(self._meter.phases), kind, _shapes(args))
+            call = self._calls.setdefault(key, _Call())
+            if call.result is None or call.runs < RUNS:
+                return _run(call, forward, args)
+            torch.empty(call.peak, dtype=torch.uint8, device="meta")
+            return call.result(args)
+
+        return call
+
+
+def _run(call: _Call, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    meter = Meter(open_device("meta"))
+    with meter.phase("call"):
+        out = forward(*args)
+    call.runs += 1
+    call.peak = meter.phases[0].peak_bytes
+    call.result = _again(out, args)
+    return out
+
+
+def _again(out: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor] | None:
+    """How to make such a result: a new tensor, or the argument it is. None for anything else."""
+    if not isinstance(out, Tensor):
+        return None
+    shape, dtype = out.shape, out.dtype
+    own = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and _shared(arg, out)]
+    if not own:
+        return lambda given: torch.empty(shape, dtype=dtype, device="meta")
+    return itemgetter(own[0]) if args[own[0]].shape == shape else None
+
+
+def _shared(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _kind(module: nn.Module) -> Hashable:
+    """What sets its work apart from others': not where it stands among its likes."""
+    numbers = {
+        (type(part), name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str) and name not in ("index", "training")
+    }
+    shapes = [(name, tensor.shape) for name, tensor in module.named_parameters()]
+    return type(module), frozenset(numbers), tuple(shapes)
+
+
+def _shapes(values: Sequence[Any]) -> Hashable:
+    """Shapes of the tensors, and the numbers within lists (the windows of the vision tower); other
+    arguments say where in the prompt a call stands."""
+    return tuple(_shape(value) for value in values)
+
+
+def _shape(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, list | tuple):
+        return tuple(v if isinstance(v, int) else _shape(v) for v in value)
+    return None

@@ -1,0 +1,51 @@
+"""The table of `bench memory`: cells, growth, and that the README's is made from measured cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowvram.bench.memory_table import markdown_table, memory_table
+
+GIB = 2**30
+
+
+def case(seconds: int, mode: str, measured: float, reference: float | None = None) -> Any:
+    return {
+        "video_seconds": seconds,
+        "prompt_tokens": 781 * seconds,
+        "mode": mode,
+        "measured_peak_bytes": int(measured * GIB),
+        "predicted_peak_bytes": int(measured * GIB) + GIB // 10,
+        "reference_bytes": None if reference is None else int(reference * GIB),
+    }
+
+
+CASES = [
+    case(60, "stock", 30, 30.31),
+    case(60, "resident", 7.25, 30.31),
+    case(15, "stock", 11.4, 11.77),
+    case(15, "resident", 5.4, 11.77),
+]
+
+
+def test_the_text_has_a_line_for_each_length_and_the_growth() -> None:
+    lines = memory_table(CASES).splitlines()
+    assert " ".join(lines[1].split()) == "15 s 11,715 11.77 11.40 (11.50) 5.40 (5.50) - -"
+    assert lines[2].split()[:4] == ["60", "s", "46,860", "30.31"]
+    assert lines[-1] == (
+        "each further token of the prompt: official demo, measured 554.9 KiB, "
+        "every layer stays 55.2 KiB"
+    )
+
+
+def test_one_length_has_no_growth() -> None:
+    assert "each further" not in memory_table(CASES[:2])
+    assert "each further" not in markdown_table(CASES[:2])
+    assert memory_table([case(7, "resident", 4)]).splitlines()[1].split()[3] == "-"
+
+
+def test_the_readme_s_table_is_markdown() -> None:
+    rows = markdown_table(CASES).splitlines()
+    assert {row.count("|") for row in rows} == {8}
+    assert rows[2] == "| 15 s | 11,715 | 11.77 | 11.40 | 5.40 | - | - |"
+    assert rows[-1] == "| each further token |  |  | 554.9 KiB | 55.2 KiB |  |  |"
