@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lowvram.errors import CheckpointError
 from lowvram.offload import Loader, Meter, Part, Placement, Store, blob_bytes, open_device
 from lowvram.offload.blob import Blob, BlobReader
+from lowvram.offload.pinned import pinned_blocks, pinned_bytes
 from lowvram.offload.skeleton import Skeleton
 
 LAYERS = 5
@@ -257,6 +258,30 @@ def test_neighbours_in_the_file_are_read_in_one_call(
     assert calls == [1, 3, 1]
 
 
+@pytest.mark.parametrize("slabs", [2, 3])
+def test_units_are_read_while_the_one_before_is_computed_with(
+    stack: Store, monkeypatch: pytest.MonkeyPatch, slabs: int
+) -> None:
+    read: list[int] = []
+    plain, more = BlobReader.read, threading.Condition()
+
+    def seen(self: BlobReader, memory: Tensor) -> None:
+        plain(self, memory)
+        with more:
+            read.append(memory.nbytes)
+            more.notify()
+
+    monkeypatch.setattr(BlobReader, "read", seen)
+    loader, _ = on_cpu(stack)
+    loader.load("stack", streaming(LAYERS, *range(LAYERS), slabs=slabs))
+    stream = loader.stream("stack")
+    for used in range(2 * LAYERS):
+        with stream.unit(used % LAYERS), more:
+            # This one, and as many more as there are other slabs; not one byte beyond.
+            assert more.wait_for(lambda: len(read) == used + slabs, timeout=30)  # noqa: B023
+    loader.close()
+
+
 class Halving(Store):
     """Reads less than asked for, as a file system may."""
 
@@ -462,3 +487,29 @@ def test_a_part_without_units_has_a_stream_that_waits_for_nothing(stack: Store) 
     loader.load("stack")
     assert not loader.stream("stack").streams
     loader.stream("stack").restart()
+
+
+def test_pinned_buffers_stand_in_few_blocks_of_a_power_of_two() -> None:
+    mib = 1 << 20
+    assert pinned_blocks([]) == []
+    assert pinned_blocks([5, 512, 513]) == [(2048, 3)]
+    for size, count, share in ((38 * mib + 5, 30, 1.07), (115 * mib + 512, 20, 1.07), (mib, 3, 1)):
+        blocks = pinned_blocks([size] * count)
+        assert sum(inside for _, inside in blocks) == count
+        for nbytes, inside in blocks:
+            assert nbytes & (nbytes - 1) == 0 and nbytes >= inside * size
+        assert pinned_bytes([size] * count) <= share * count * size
+    uneven = [3, 700, 90, 12_000, 512, 512]
+    best = min(
+        sum(1 << (blob_bytes(piece) - 1).bit_length() for piece in cut) for cut in _cuts(uneven)
+    )
+    assert pinned_bytes(uneven) == best
+
+
+def _cuts(sizes: list[int]) -> Iterator[list[list[int]]]:
+    """Every way to cut a list into pieces."""
+    if not sizes:
+        yield []
+    for first in range(1, len(sizes) + 1):
+        for rest in _cuts(sizes[first:]):
+            yield [sizes[:first], *rest]
