@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lowvram.bench import decode
-from lowvram.bench.clock import interleave
+from lowvram.bench.clock import Timing
 from lowvram.bench.llama import LlamaThinker
 from lowvram.bench.llama_file import EMBEDDING, F32, Q4_0, Q8_0, tensors, write_gguf
 from lowvram.cli import bench
@@ -80,9 +81,21 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
 @pytest.mark.usefixtures("library")
 def test_the_row_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "read_bandwidth", lambda nbytes: 1e9)
-    monkeypatch.setattr(decode, "interleave", lambda works, seconds: interleave(works, 0.0))
+    seconds = iter([0.5, 4.0])
+
+    def measured(works: Sequence[Callable[[], object]], _: float) -> list[Timing]:
+        if len(works) > 1:
+            return [Timing(1, 1) for _ in works]
+        works[0]()
+        return [Timing(next(seconds), 0.25)]
+
+    monkeypatch.setattr(decode, "interleave", measured)
+    idle = SimpleNamespace(step=None, prefill=None)
+    monkeypatch.setattr(decode, "PublishedThinker", lambda *shapes: idle)
     row = decode.bench_decode(bench.shapes("pocket"), ["head4"])[-1]
     assert (row.name, row.head) == ("llama.cpp", "8-bit")
+    assert (row.decode_tokens_s, row.prefill_tokens_s) == (2.0, 128.0)
+    assert Llama.opened[0].asked == [(0, 128), (128, 1), (0, 512)] and Llama.opened[0].closed
     # Half a byte a weight and a step for 32 of them; the head a byte a weight and a step.
     text = TEXT
     width, inner, kv = text.hidden_size, text.intermediate_size, 2 * text.head_dim
