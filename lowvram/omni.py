@@ -19,7 +19,7 @@ from lowvram.engine.run import Run
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
-from lowvram.offload import Loader, Meter, format_size, open_device, out_of_memory
+from lowvram.offload import Budget, Loader, Meter, format_size, open_device, out_of_memory
 from lowvram.options import Conversation, Options, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
@@ -272,12 +272,21 @@ class LowVRAMOmni:
             shape,
             settings,
             facts=self._facts,
-            budget=self._budget,
+            budget=self._budget_now(),
             dtype=self._dtype,
             allow=self._allow,
             on_device=frozenset(self._loader.resident()),
             kernel=self._kernel,
         )
+
+    def _budget_now(self) -> Budget:
+        """The budget, or what the device still has where others have taken more than the guard."""
+        if self._device.type in ("cpu", "meta"):
+            return self._budget
+        free = self._device.free_bytes()
+        if free >= self._budget.budget_bytes - self._budget.guard_bytes:
+            return self._budget
+        return decide_budget(self._budget.budget_bytes, replace(self._facts, free_bytes=free))
 
     def _head_bits(self) -> HeadBits | None:
         """The bits of the Thinker's head where an option that rounds it is allowed and helps."""
@@ -330,7 +339,7 @@ class LowVRAMOmni:
         )
 
 
-def _surprise(plan: Plan, error: Exception) -> str:
+def _surprise(plan: Plan, error: BaseException) -> str:
     return (
         f"{plan.device} ran out of memory within a plan of "
         f"{format_size(plan.predicted_peak_bytes)}: something else uses the device; free it, or "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ class Context:
         """That module on the device; it stays there afterwards only if the plan says so."""
         self._using.add(part)
         try:
-            module = Ladder(self, part).climb(lambda: self._load(part))
+            module = Ladder(self, part).climb(lambda: self.load(part))
             assert isinstance(module, kind)
             yield module
         finally:
@@ -75,7 +75,8 @@ class Context:
             if part in self.placements or not self.plan.resident(part):
                 self.loader.drop(part)
 
-    def _load(self, part: str) -> nn.Module:
+    def load(self, part: str) -> nn.Module:
+        """The part in its present placement; nothing is done if it is there."""
         return self.loader.load(part, self.placements.get(part))
 
     def stream(self, part: str) -> UnitStream:
@@ -86,8 +87,9 @@ class Context:
         """Parts on the device that no phase under way uses."""
         return [name for name in self.loader.resident() if name not in self._using]
 
-    def wider_placement(self, part: str) -> Placement | None:
-        """The part's placement with fewer units that stay; None where no fewer bytes would."""
+    def stream_more(self, part: str) -> Placement | None:
+        """Place the part with fewer units that stay, to be loaded anew; None where no fewer bytes
+        would."""
         sizes = self.loader.unit_bytes(part)
         now = self.placements.get(part)
         # The first units that stream only pay for the slabs that they stream through.
@@ -95,19 +97,15 @@ class Context:
         if count > len(sizes):
             return None
         streamed = spread(count, len(sizes))
-        source = "file" if self.device.type == "cpu" else "ring"
-        return Placement(
-            streamed=streamed,
-            slabs=SLABS,
-            slab_bytes=max(sizes[i] for i in streamed),
-            source=now.source if now else source,
-        )
-
-    def replace(self, part: str, placement: Placement) -> None:
-        """Load a part in use again, in another placement."""
-        self.placements[part] = placement
+        slab_bytes = max(sizes[i] for i in streamed)
+        if now is not None:
+            wider = replace(now, streamed=streamed, slab_bytes=slab_bytes)
+        else:
+            source: Literal["file", "ring"] = "file" if self.device.type == "cpu" else "ring"
+            wider = Placement(streamed=streamed, slabs=SLABS, slab_bytes=slab_bytes, source=source)
+        self.placements[part] = wider
         self.loader.drop(part)
-        self._load(part)
+        return wider
 
     def note(self, text: str) -> None:
         """Say in the report that something was done otherwise than planned."""

@@ -48,9 +48,14 @@ class Ladder:
                 start = stop
 
     def climb(self, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
-        """`work()`; where memory runs out, `again()` and `work()` anew with more room."""
+        """`work()` with the part loaded; where memory runs out, `again()` and `work()` anew with
+        more room."""
+        failed = False
         while True:
             try:
+                self._context.load(self._part)
+                if failed:
+                    again()
                 return work()
             except Exception as error:
                 if not out_of_memory(error):
@@ -58,7 +63,7 @@ class Ladder:
                 self._let_go(error)
                 if not (self._evict() or self._stream_more()):
                     raise
-            again()
+                failed = True
 
     def _let_go(self, error: Exception) -> None:
         """The frames below would keep what they had allocated alive."""
@@ -75,14 +80,12 @@ class Ladder:
         return bool(idle)
 
     def _stream_more(self) -> bool:
-        """Load the part again with as many units streamed as free at least one unit's bytes."""
-        context, part = self._context, self._part
-        wider = context.wider_placement(part)
+        """Have as many units of the part streamed as free at least one unit's bytes."""
+        wider = self._context.stream_more(self._part)
         if wider is None:
             return False
-        context.replace(part, wider)
-        context.note(
-            f"{part}: {len(wider.streamed)} units streamed through {wider.slabs} slabs of "
+        self._context.note(
+            f"{self._part}: {len(wider.streamed)} units streamed through {wider.slabs} slabs of "
             f"{format_size(wider.slab_bytes)}"
         )
         return True

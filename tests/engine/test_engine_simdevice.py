@@ -185,18 +185,45 @@ def test_an_allocation_that_fails_is_told_and_forgotten(
 
 
 @simulated
+def test_memory_taken_by_others_before_a_request_lowers_its_budget(
+    folder: Path, wanted: dict[str, Result]
+) -> None:
+    prepare_device()
+    with opened(folder, max_memory=2 * GIB) as omni:
+        need = omni.plan(WORDS, **SHORT).minimum_budget_bytes
+        sim.configure(others=8 * GIB - need + 2**20)
+        with (
+            pytest.warns(UserWarning, match="lowered to the .* that npu:0 has free"),
+            pytest.raises(DoesNotFitError, match="does not fit in"),
+        ):
+            omni.generate(WORDS, **SHORT)
+        assert sim.live_bytes() == 0
+        sim.configure(others=8 * GIB - need)
+        with pytest.warns(UserWarning, match="lowered to the .* that npu:0 has free"):
+            assert same(omni.generate(WORDS, **SHORT), wanted["words"])
+        sim.configure(others=0)
+        assert same(omni.generate(WORDS, **SHORT), wanted["words"])
+
+
+@simulated
 def test_memory_taken_by_others_after_planning_is_told(
     folder: Path, wanted: dict[str, Result]
 ) -> None:
     prepare_device()
     with opened(folder, max_memory=2 * GIB) as omni:
-        need = omni.plan(WORDS, **SHORT).predicted_peak_bytes
-        sim.configure(others=8 * GIB - FALLBACK_CONTEXT_BYTES - 2**20)
-        assert need > FALLBACK_CONTEXT_BYTES + 2**20
+        plan = omni._plan
+
+        def then_taken(*of: Any) -> Any:
+            made = plan(*of)
+            sim.configure(others=8 * GIB - FALLBACK_CONTEXT_BYTES - 2**20)
+            return made
+
+        omni._plan = then_taken  # type: ignore[method-assign]
         with pytest.raises(DoesNotFitError, match="something else uses the device; free it"):
             omni.generate(WORDS, **SHORT)
         assert sim.live_bytes() == 0
         sim.configure(others=0)
+        omni._plan = plan  # type: ignore[method-assign]
         assert same(omni.generate(WORDS, **SHORT), wanted["words"])
 
 
