@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import sys
@@ -15,6 +16,9 @@ from .build import library
 from .device import load
 
 F = TypeVar("F", bound=Callable[..., None])
+
+LONGEST_S = 300
+"""A test that hangs ends after this, and tells where every thread of it was."""
 
 
 def simulated(test: F) -> F:
@@ -47,6 +51,7 @@ def _inside(writer: int, test: F, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Never returns: neither pytest nor exit handlers of the parent run twice."""
     code = 1
     try:
+        faulthandler.dump_traceback_later(LONGEST_S, exit=True, file=writer)
         torch.set_num_threads(1)  # threads of the parent's pool are not there
         load()
         test(*args, **kwargs)
