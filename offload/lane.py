@@ -5,6 +5,7 @@ Written against torch's device-neutral streams, which CUDA and Ascend back ends 
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import torch
@@ -55,6 +56,7 @@ class StreamLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.Stream(device=device)
+        self._entered = threading.Lock()  # a stream object can be entered by one thread at a time
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -73,7 +75,7 @@ class StreamLane:
         self._stream.wait_event(mark)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with self._stream:
+        with self._entered, self._stream:
             target.copy_(source, non_blocking=True)
 
     def mark(self) -> torch.Event:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,9 +10,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowvram.offload import Device, Loader, Meter, Part, Placement, Store, UnitStream, blob_bytes
+from lowvram.offload import (
+    Device,
+    Loader,
+    Meter,
+    Part,
+    Placement,
+    Store,
+    UnitStream,
+    blob_bytes,
+    open_device,
+)
 
 WIDTH, HEAD_ROWS, PIECE_ROWS = 16, 20, 8
+LAYERS = 5
 
 
 class Layer(nn.Module):
@@ -135,3 +147,18 @@ def one_pass(module: nn.Module, stream: UnitStream, x: Tensor) -> Tensor:
         with stream.unit(index) as piece:
             scores.append(piece(x))
     return torch.cat(scores, dim=-1)
+
+
+def on_cpu(store: Store) -> tuple[Loader, Meter]:
+    return loader_of(store, open_device("cpu"), LAYERS)
+
+
+def resident_result(store: Store, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of the same pass with everything on the CPU."""
+    loader, _ = loader_of(store, open_device("cpu"), LAYERS, dtype)
+    return one_pass(loader.load("stack"), loader.stream("stack"), x)
+
+
+def readers() -> list[threading.Thread]:
+    """Threads that read ahead."""
+    return [t for t in threading.enumerate() if t.name.startswith("lowvram-reader")]

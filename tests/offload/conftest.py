@@ -1,4 +1,4 @@
-"""Stores that tests read: the toy part's tensors, and one of every type."""
+"""Stores that tests read: the toy part's tensors, the streamed part's, and one of every type."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
+from streamed_part import LAYERS, write_stack
 from toy_part import toy_tensors
 from written_files import some_tensors
 
@@ -24,3 +25,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def single(tmp_path: Path) -> Path:
     save_file(some_tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Store]:
+    write_stack(tmp_path, LAYERS)
+    with Store.open(tmp_path) as opened:
+        yield opened

@@ -12,7 +12,7 @@ import simdevice as sim
 import torch
 from safetensors.torch import save_file
 from simdevice import simulated
-from streamed_part import WIDTH, loader_of, one_pass, streaming, unit_bytes, write_stack
+from streamed_part import LAYERS, WIDTH, loader_of, one_pass, streaming, unit_bytes, write_stack
 from torch import Tensor, nn
 
 from lowvram.errors import DeviceError
@@ -20,7 +20,6 @@ from lowvram.offload import Device, Loader, Meter, Part, Placement, Store, open_
 from lowvram.offload.lane import StreamLane
 from lowvram.offload.pinned import pinned_bytes
 
-LAYERS = 5
 SETS = [(0, 1, 2), (1, 3, 4, 6), (0, 2, 5, 6, 7), tuple(range(LAYERS + 3))]
 
 
@@ -41,9 +40,15 @@ def stack_on_npu(folder: Path) -> Iterator[tuple[Loader, Meter, Device, Tensor, 
 
 
 @pytest.mark.parametrize("source", ["pinned", "ring"])
+@pytest.mark.parametrize("inference", [False, True])
 @simulated
-def test_a_streamed_pass_is_the_resident_one_without_races(tmp_path: Path, source: Any) -> None:
-    with stack_on_npu(tmp_path) as (loader, meter, _, x, wanted):
+def test_a_streamed_pass_is_the_resident_one_without_races(
+    tmp_path: Path, source: Any, inference: bool
+) -> None:
+    with (
+        stack_on_npu(tmp_path) as (loader, meter, _, x, wanted),
+        torch.inference_mode(inference),
+    ):
         before = sim.live_bytes()
         module = loader.load("stack")
         assert torch.equal(one_pass(module, loader.stream("stack"), x).cpu(), wanted)
