@@ -136,7 +136,6 @@ def open_model(model: str, device: str, budget: int | None) -> LowVRAMOmni:
 
 def facts(model: str, device: str, cases: list[Case]) -> dict[str, Any]:
     """The device, and the smallest budget of each case, from its own measured context."""
-    opened = open_device(device)
     with open_model(model, device, None) as omni:
         least = {}
         for case in cases:
@@ -144,12 +143,14 @@ def facts(model: str, device: str, cases: list[Case]) -> dict[str, Any]:
             with mock.patch.object(lowvram.omni, "measure", lambda *_, found=shape, **__: found):
                 plan = omni.plan(WORDS, **case.options)
             least[str(case.video_seconds)] = plan.minimum_budget_bytes
+        # A second one could not measure the context any more.
+        opened = omni._device
     return {
         "device": opened.name,
         "device_name": _name_of(opened),
         "torch": torch.__version__,
         "total_bytes": opened.total_bytes(),
-        "context_bytes": plan.context_bytes,
+        "context_bytes": opened.context_bytes(),
         "dtype": plan.dtype,
         "minimum_budget_bytes": least,
     }
