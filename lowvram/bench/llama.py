@@ -21,7 +21,7 @@ HEAD = "8-bit"
 class LlamaThinker:
     """Random weights in a temporary file, Q4_0 with a Q8_0 head, opened by llama.cpp.
 
-    `with LlamaThinker(...) as theirs`: the file is removed at the end.
+    The file is gone once it is read: `with LlamaThinker(...) as theirs` closes the library's model.
 
     Raises:
         DeviceError: the library is not installed or does not load, there is no room for
@@ -41,12 +41,8 @@ class LlamaThinker:
                 f"llama_cpp cannot be imported ({error}); wanted llama-cpp-python 0.3 or newer"
             ) from error
         needed = sum(tensor.nbytes for tensor in tensors(self._text))
-        self._folder = tempfile.TemporaryDirectory(prefix="lowvram-bench-")
-        try:
-            self._model = self._opened(Path(self._folder.name), needed)
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        with tempfile.TemporaryDirectory(prefix="lowvram-bench-") as folder:
+            self._model = self._opened(Path(folder), needed)
         return self
 
     def __exit__(
@@ -56,7 +52,6 @@ class LlamaThinker:
         trace: TracebackType | None,
     ) -> None:
         self._model.close()
-        self._folder.cleanup()
 
     def step(self) -> None:
         """One token more, after `context` others; every call takes the same place."""
@@ -98,6 +93,7 @@ class LlamaThinker:
                 n_batch=len(self._prompt),
                 n_threads=threads,
                 n_threads_batch=threads,
+                use_mmap=False,
                 verbose=False,
             )
         except (OSError, ValueError, RuntimeError) as error:

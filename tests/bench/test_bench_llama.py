@@ -61,6 +61,7 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
 ) -> None:
     with LlamaThinker(TEXT, 128, 512) as theirs:
         (model,) = Llama.opened
+        assert not model.path.parent.exists()
         theirs.step()
         theirs.step()
         theirs.prefill()
@@ -72,10 +73,11 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
             "n_batch": 512,
             "n_threads": torch.get_num_threads(),
             "n_threads_batch": torch.get_num_threads(),
+            "use_mmap": False,
             "verbose": False,
         }
         assert model.start == b"GGUF" + struct.pack("<IQQ", 3, len(tensors(TEXT)), 11)
-    assert model.closed and not model.path.parent.exists()
+    assert model.closed
 
 
 @pytest.mark.usefixtures("library")
