@@ -41,7 +41,7 @@ CONFIG = DecoderConfig(
     mrope_section=(8, 12, 12),
 )
 
-_BATCH = 16
+_BATCH = 8
 _RATE, _WARM = 3e-3, 40
 _HELD_OUT_FILES = 10
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .search_grid import LEAST_STEP, LEVELS, MOST_STEP, Grid, full_range, grid_of
 
-_BOTH = tuple(1 - 0.05 * i for i in range(9))
+_BOTH = tuple(1 - 0.03 * i for i in range(13))
 """Shares of the full range that are tried for both ends at once."""
 
-_ONE = (-0.15, -0.1, -0.05, 0.05, 0.1)
+_ONE = tuple(0.025 * i for i in range(-6, 5) if i)
 """Shares added to what was best for both, for one end at a time."""
 
-_LARGEST = 1.1
+_LARGEST = 1.2
 """The largest share that is tried."""
 
 _GAIN = 1e-5
