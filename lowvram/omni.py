@@ -16,6 +16,7 @@ from lowvram.checkpoint import Checkpoint, resolve
 from lowvram.conversation import MediaSettings, PromptShape, measure, prepare
 from lowvram.engine.context import Context
 from lowvram.engine.run import Run
+from lowvram.engine.scratch import metered_scratch
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
@@ -31,7 +32,7 @@ from lowvram.planner import (
     model_facts,
     resolve_dtype,
 )
-from lowvram.quant import HeadBits, Scratch, choose_head, preferred_kernel
+from lowvram.quant import HeadBits, choose_head, preferred_kernel
 from lowvram.report import Report, history_of, phase_rows
 from lowvram.settings import GenerationSettings
 
@@ -78,7 +79,7 @@ class LowVRAMOmni:
         self._seed = seed
         self._allow = tuple(allow)
         self._meter = Meter(self._device)
-        self._scratch = self._meter_scratch()
+        self._scratch = metered_scratch(self._meter)
         self._tokenizer = checkpoint.tokenizer()
         self._loader = Loader(
             checkpoint.store,
@@ -294,18 +295,6 @@ class LowVRAMOmni:
         kernel = preferred_kernel(self._facts.type, self._dtype.name, self._kernel).name
         head = choose_head(self._allow, kernel, text.hidden_size, text.vocab_size)
         return None if head is None else head.bits
-
-    def _meter_scratch(self) -> Scratch:
-        """One place for weights to be de-quantized into, counted as workspace while it is there."""
-        owner, key = "workspace", "de-quantized weights"
-
-        def told(buffer: torch.Tensor | None) -> None:
-            if buffer is None:
-                self._meter.release(owner, key)
-            else:
-                self._meter.hold(owner, key, buffer.nbytes, [buffer])
-
-        return Scratch(told)
 
     def _voice(self, name: str | None) -> Voice:
         if not self._voices:
