@@ -106,7 +106,9 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("decode",), help="what to measure")
+    parser.add_argument(
+        "what", choices=("decode", "memory"), help="speed of decoding here, or memory anywhere"
+    )
     parser.add_argument(
         "-m",
         "--model",
@@ -115,17 +117,25 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help=f"whose shapes: a built-in name, or a folder with config.json (default: {POCKET})",
     )
     parser.add_argument(
-        "--device", type=device_of, default="cpu", help="only cpu so far (default: cpu)"
+        "--device", type=device_of, default="auto", help="decode: cpu; memory needs none"
     )
     parser.add_argument(
-        "--threads", type=_threads, metavar="N", help="threads to compute with (default: torch's)"
+        "--video-seconds",
+        type=_count,
+        nargs="+",
+        default=(15, 30, 60),
+        metavar="N",
+        help="memory: seconds of video that are asked about (default: 15 30 60)",
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="threads to compute with (default: torch's)"
     )
     parser.add_argument(
         "--allow",
         type=_names,
         default=("head4",),
         metavar="LIST",
-        help="how the head may be rounded: head4, head8 (default: head4)",
+        help="decode: how the head may be rounded: head4, head8 (default: head4)",
     )
 
 
@@ -307,14 +317,14 @@ def seed_of(text: str) -> int:
 seed_of.__name__ = "int"
 
 
-def _threads(text: str) -> int:
+def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text!r}")
     return value
 
 
-_threads.__name__ = "int"
+_count.__name__ = "int"
 
 
 def _names(text: str) -> tuple[str, ...]:

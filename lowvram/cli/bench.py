@@ -1,12 +1,13 @@
-"""`lowvram-demo bench decode`: how fast this machine decodes, at a model's true shapes."""
+"""`lowvram-demo bench`: how fast this machine decodes, and what memory a video takes anywhere, at a
+model's true shapes."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lowvram.cli.output import Console, print_json
 from lowvram.errors import UsageError
@@ -17,7 +18,27 @@ if TYPE_CHECKING:
     from lowvram.bench.decode import Row
 
 
+class _Item(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class _Found(NamedTuple):
+    """What was measured, and how it reads."""
+
+    items: Sequence[_Item]
+    text: str
+
+
 def main(args: Namespace, console: Console) -> int:
+    found = _memory(args, console) if args.what == "memory" else _decode(args, console)
+    if args.json:
+        print_json([one.to_json() for one in found.items])
+    else:
+        print(found.text)
+    return 0
+
+
+def _decode(args: Namespace, console: Console) -> _Found:
     if args.device not in ("auto", "cpu"):
         raise UsageError(f"bench decode measures the CPU, not {args.device}; use --device cpu")
     check_options(args.allow)
@@ -29,11 +50,21 @@ def main(args: Namespace, console: Console) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = bench_decode(raw, args.allow, note=console.say)
-    if args.json:
-        print_json([row.to_json() for row in rows])
-    else:
-        print(table(rows))
-    return 0
+    return _Found(rows, table(rows))
+
+
+def _memory(args: Namespace, console: Console) -> _Found:
+    if args.device not in ("auto", "meta"):
+        raise UsageError(f"bench memory counts shapes, on no device; leave --device {args.device}")
+    raw = shapes(args.model)
+    from lowvram.bench.memory import bench_memory
+    from lowvram.bench.memory_table import memory_table
+
+    spec = find_spec(args.model)
+    cases = bench_memory(
+        spec.name if spec else args.model, raw, args.video_seconds, note=console.say
+    )
+    return _Found(cases, memory_table([case.to_json() for case in cases]))
 
 
 def shapes(model: str) -> Mapping[str, Any]:

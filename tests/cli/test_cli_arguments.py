@@ -25,7 +25,7 @@ FLAGS = {
     "chat": f"{REQUEST} --output --report --quiet",
     "plan": f"{REQUEST} --json",
     "doctor": "--model --offline --json --verbose --help",
-    "bench": "--model --device --threads --allow --json --quiet --verbose --help",
+    "bench": "--model --device --threads --allow --video-seconds --json --quiet --verbose --help",
 }
 
 
