@@ -206,7 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128))
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
-    parser.add_argument("--judged", type=int, default=96, help="held-out sequences")
+    parser.add_argument("--judged", type=int, default=1000, help="held-out sequences at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the numbers go")
     given = parser.parse_args()
