@@ -201,9 +201,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="keeps the trained model")
-    parser.add_argument(
-        "--steps", type=int, default=1600, help="of training (default: 1600, some five minutes)"
-    )
+    parser.add_argument("--steps", type=int, default=1600, help="of training (default: 1600)")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128))
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--judged", type=int, default=1000, help="held-out sequences at most")
