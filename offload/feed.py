@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .carriers import Carrier, Ticket
+from .frames import clear_frames
 from .slabs import Slabs
 
 
@@ -63,7 +63,7 @@ class Feed:
         try:
             first.ticket.wait()
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold on to the slab
+            clear_frames(error)  # they hold on to the slab
             self._forget()
             raise
         self._slabs.bind(unit, first.slab)

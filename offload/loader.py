@@ -5,7 +5,6 @@ The file is the home of the weights and the device a cache: nothing is ever copi
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from .blob import Blob
 from .device import Device
 from .feed import Feed
 from .fill import allocate, bytes_of, read, stored_rows, tensors_of
+from .frames import clear_frames
 from .lane import CopyLane
 from .meter import Meter
 from .part import Part
@@ -103,8 +103,7 @@ class Loader:
                 self._fill(name, one)
             except BaseException as error:
                 self._device.synchronize()  # no copy may run into memory that is given back
-                # The frames below would keep what they had allocated alive.
-                traceback.clear_frames(error.__traceback__)
+                clear_frames(error)
                 self.drop(name)
                 raise
         return skeleton.module

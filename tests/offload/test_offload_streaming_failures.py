@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,12 +97,39 @@ def test_a_stream_goes_on_after_a_read_that_failed_once(stack: Store, tmp_path: 
         module = loader.load("stack", streaming(LAYERS, *range(LAYERS + 3)))
         stream = loader.stream("stack")
         one_pass(module, stream, x)
+        with stream.unit(0):
+            pass
         store.fails_at = store.reads + 4
-        with pytest.raises(CheckpointError, match="Input/output error"):
-            for _ in range(2):
-                one_pass(module, stream, x)
-        stream.restart()
+        failing = None
+        for index in [*range(1, LAYERS + 3), *range(LAYERS)]:
+            try:
+                with stream.unit(index):
+                    pass
+            except CheckpointError as error:
+                failing = index
+                assert "Input/output error" in str(error)
+        assert failing is not None
+        with stream.unit(failing) as unit:  # as if nothing had been
+            weight = next(unit.parameters())
+            assert torch.equal(weight, stack.read(f"m.layers.{failing}.up.weight"))
         assert torch.equal(one_pass(module, stream, x), wanted)
+        loader.close()
+
+
+def test_an_error_that_is_kept_keeps_no_slab(stack: Store, tmp_path: Path) -> None:
+    with Failing.open(tmp_path) as store:
+        assert isinstance(store, Failing)
+        loader, _ = on_cpu(store)
+        module = loader.load("stack", streaming(LAYERS, *range(LAYERS + 3)))
+        stream = loader.stream("stack")
+        held = weakref.ref(next(module.parameters()).untyped_storage())
+        store.fails_at = store.reads + 12
+        with pytest.raises(CheckpointError) as caught:
+            for _ in range(2):
+                one_pass(module, stream, torch.zeros(1, WIDTH))
+        loader.drop("stack")
+        gc.collect()
+        assert caught.value.__traceback__ is not None and held() is None
         loader.close()
 
 

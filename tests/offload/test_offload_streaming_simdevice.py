@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowvram.errors import DeviceError
 from lowvram.offload import Device, Loader, Meter, Part, Placement, Store, open_device, supply
+from lowvram.offload.carriers import PinnedCarrier
 from lowvram.offload.lane import StreamLane
 from lowvram.offload.pinned import pinned_bytes
 
@@ -211,6 +212,31 @@ def test_a_pass_that_ended_early_can_begin_again(tmp_path: Path) -> None:
                         layer(x)
                 stream.restart()
                 assert torch.equal(one_pass(module, stream, x).cpu(), wanted)
+        assert sim.races() == []
+
+
+@simulated
+def test_an_interruption_between_units_leaves_no_slab_to_be_overwritten(tmp_path: Path) -> None:
+    sim.configure(h2d=1e15, hbm=1e6, launch=0)  # copies take no time, compute a long one
+    with tower_on_npu(tmp_path) as (loader, device), pytest.MonkeyPatch.context() as patch:
+        loader.load("tower", placed(*range(BLOCKS)))
+        stream = loader.stream("tower")
+        x = torch.randn(1, 64, device=device.torch)
+
+        def interrupted(self: PinnedCarrier, slab: int) -> None:
+            patch.undo()
+            raise KeyboardInterrupt
+
+        with stream.unit(0) as block:
+            x = block(x)
+        patch.setattr(PinnedCarrier, "used", interrupted)
+        with pytest.raises(KeyboardInterrupt), stream.unit(1) as block:
+            x = block(x)
+        stream.restart()
+        for index in range(4):
+            with stream.unit(index) as block:
+                x = block(x)
+        device.synchronize()
         assert sim.races() == []
 
 
