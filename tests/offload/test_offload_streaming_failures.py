@@ -116,6 +116,30 @@ def test_a_stream_goes_on_after_a_read_that_failed_once(stack: Store, tmp_path: 
         loader.close()
 
 
+def test_a_unit_with_a_slab_to_itself_is_read_again_where_that_failed(
+    stack: Store, tmp_path: Path
+) -> None:
+    with Failing.open(tmp_path) as store:
+        assert isinstance(store, Failing)
+        loader, _ = on_cpu(store)
+        store.fails_at = 100
+        loader.load("stack", streaming(LAYERS, 0, 1))
+        with loader.stream("stack").unit(1):
+            pass
+        store.fails_at = store.reads - 2  # of unit 1, were it to be loaded again
+        loader.drop("stack")
+        store.reads = 0
+        loader.load("stack", streaming(LAYERS, 0, 1))
+        stream = loader.stream("stack")
+        with pytest.raises(CheckpointError), stream.unit(1):
+            pass
+        for index in (1, 0, 1):
+            with stream.unit(index) as unit:
+                wanted = stack.read(f"m.layers.{index}.up.weight")
+                assert torch.equal(next(unit.parameters()), wanted)
+        loader.close()
+
+
 def test_an_error_that_is_kept_keeps_no_slab(stack: Store, tmp_path: Path) -> None:
     with Failing.open(tmp_path) as store:
         assert isinstance(store, Failing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,32 @@ def test_without_its_waits_the_detector_fires(tmp_path: Path, left_out: str) -> 
             assert "overwritten while read" in kinds
         else:
             assert kinds == set()
+
+
+@simulated
+def test_one_thread_at_a_time_is_inside_the_copy_stream() -> None:
+    lane = StreamLane(torch.device("npu", 0))
+    entered = threading.Event()
+
+    class Target:
+        """Stands in for a tensor that takes its time."""
+
+        def __init__(self, other: bool) -> None:
+            self.other, self.alone = other, True
+
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            if self.other:
+                entered.set()
+            else:
+                thread.start()
+                self.alone = not entered.wait(0.1)
+
+    second: Any = Target(True)
+    first: Any = Target(False)
+    thread = threading.Thread(target=lane.copy, args=(second, None))
+    lane.copy(first, None)  # type: ignore[arg-type]
+    thread.join()
+    assert first.alone and entered.is_set()
 
 
 @simulated
