@@ -211,11 +211,6 @@ class Loader:
             raise RuntimeError(f"the units of {name!r} are asked for, but it is not loaded")
         return one.stream
 
-    def placement(self, name: str) -> Placement | None:
-        """How the part was last placed, or None where all of it stays or it is not there."""
-        one = self._loaded.get(name)
-        return one.placement if one is not None else None
-
     def nbytes(self, name: str) -> int:
         """Bytes the part's tensors take on the device as they are stored; loads nothing."""
         return self._skeleton(name).nbytes
