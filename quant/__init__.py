@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Step,
     )
     from .sizes import (
+        HEAD_OPTIONS,
         HeadBits,
         HeadChoice,
         KernelChoice,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS",
+    "HEAD_OPTIONS",
     "Geometry",
     "HeadBits",
     "HeadChoice",
@@ -98,6 +100,7 @@ _HOME = {
     ),
     "scratch": ("Scratch",),
     "sizes": (
+        "HEAD_OPTIONS",
         "HeadBits",
         "HeadChoice",
         "KernelChoice",

@@ -112,7 +112,7 @@ def _our_case(
     model = config_facts(name, config)
     prompt = video_prompt(config.thinker, seconds)
     settings = GenerationSettings(speech=config.speaks).completed(model.generation)
-    plan = plan_mode(mode, model, prompt.shape, settings)
+    plan = plan_mode(model, prompt.shape, settings, mode=mode)
     phases = run_plan(model, prompt, settings, plan)
     peak = max(phases, key=lambda phase: phase.peak_bytes)
     return Case(

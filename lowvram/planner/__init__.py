@@ -8,6 +8,7 @@ from lowvram.planner.device import (
     resolve_dtype,
 )
 from lowvram.planner.model import ModelFacts, config_facts, model_facts
+from lowvram.planner.modes import plan_mode
 from lowvram.planner.plan import PhasePlan, Plan
 from lowvram.planner.planner import OPTIONS, check_options, make_plan, plan_request
 from lowvram.planner.streaming import spread
@@ -24,6 +25,7 @@ __all__ = [
     "decide_budget",
     "make_plan",
     "model_facts",
+    "plan_mode",
     "plan_request",
     "probe_device",
     "resolve_dtype",

@@ -20,6 +20,10 @@ from lowvram.offload import (
 ASSUMED_CONTEXT_BYTES = int(0.45 * 2**30)
 """What a driver takes before the first tensor, where it has not been measured (cuda, npu)."""
 
+LIBRARY_BYTES = {"cuda": 64 * 2**20, "npu": 64 * 2**20, "cpu": 0, "meta": 0}
+"""What matrix libraries keep for themselves in the allocator's memory, and its rounding: an upper
+bound for each type of device."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
@@ -28,6 +32,8 @@ class DeviceFacts:
     `free_bytes` is what this process could hold on it in all, context included; it and
     `total_bytes` are None where the device is not present. `assumed` says that the context is an
     assumption, not a measurement; `bfloat16` that it computes in that type by itself.
+    `library` bytes are taken by libraries and by the allocator's rounding while anything is
+    computed; None is the bound for the type.
     """
 
     name: str
@@ -37,6 +43,12 @@ class DeviceFacts:
     context_bytes: int
     assumed: bool = False
     bfloat16: bool = True
+    library: int | None = None
+
+    @property
+    def library_bytes(self) -> int:
+        """What libraries and rounding take at most."""
+        return LIBRARY_BYTES[self.type] if self.library is None else self.library
 
 
 def probe_device(name: str) -> DeviceFacts:

@@ -1,39 +1,31 @@
 """How many bytes each phase holds besides weights: laws over shapes, as upper bounds.
 
-The coefficients count the tensors that are alive at once in the engine's own code; a test runs
-that code on the `meta` device at many shapes and holds the meter's peak against them.
-All functions return bytes. No torch.
+Each law names the moments of a computation and adds up the tensors that are alive at each, as the
+engine's own code makes them; the largest moment counts. A test runs that code on the `meta` device
+at many shapes and holds the meter's peak against the laws.
+All functions return bytes; `itemsize` is that of the activations. No torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from lowvram.config import AudioConfig, DecoderConfig, TalkerConfig, VisionConfig
+from lowvram.planner.kernels import FLOAT, Kernels
 
-from lowvram.config import (
-    AudioConfig,
-    BigVGANConfig,
-    DecoderConfig,
-    DiTConfig,
-    TalkerConfig,
-    VisionConfig,
-)
+CHUNKS = (512, 256, 128, 64)
+"""Prompt tokens that may go through a layer at once."""
 
-if TYPE_CHECKING:
-    from lowvram.engine.pieces import VocodeSettings
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that go through all layers at once. Fixed, so that no budget changes a rounding."""
-
-ATTENTION_BLOCK = 512
-"""Keys of one block of the online softmax (`KEY_BLOCK` of `models/attention.py`)."""
-
-FLOAT = 4
+SMALL = 4 * 1024
+"""Vectors and scalars that no law counts, at most."""
 
 
 def kv_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     """Keys and values of `tokens` positions in every layer."""
-    width = decoder.num_key_value_heads * decoder.head_dim
-    return 2 * decoder.num_hidden_layers * tokens * width * itemsize
+    return decoder.num_hidden_layers * kv_layer_bytes(decoder, tokens, itemsize)
+
+
+def kv_layer_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """Keys and values of `tokens` positions in one layer."""
+    return 2 * tokens * decoder.num_key_value_heads * decoder.head_dim * itemsize
 
 
 def states_bytes(width: int, tokens: int, itemsize: int) -> int:
@@ -41,95 +33,136 @@ def states_bytes(width: int, tokens: int, itemsize: int) -> int:
     return width * tokens * itemsize
 
 
-def vision_bytes(config: VisionConfig, patches: int, itemsize: int) -> int:
-    """One frame pair of `patches` patches through the tower."""
-    width, inner = config.hidden_size, config.intermediate_size
-    residual = 2 * width * itemsize
-    attention = (4 * width + width) * itemsize + 2 * width * FLOAT
-    mlp = (width + 3 * inner) * itemsize + width * FLOAT
-    tables = 4 * (width // config.num_heads) * FLOAT
-    entry = config.patch_values * (itemsize + FLOAT)
-    return patches * (residual + max(attention, mlp, entry) + tables)
+def rope_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """Cosines and sines of `tokens` positions."""
+    return 2 * tokens * decoder.head_dim * itemsize
 
 
-def audio_bytes(config: AudioConfig, itemsize: int) -> int:
-    """One window of 2 s through the tower."""
-    frames, width, inner = 2 * config.n_window, config.d_model, config.encoder_ffn_dim
-    entry = frames * (config.num_mel_bins + 3 * width) * itemsize
-    tokens = frames // 2
-    layer = tokens * (6 * width + 2 * inner) * itemsize + tokens * width * FLOAT
-    return max(entry, layer) + tokens * 2 * width * FLOAT
-
-
-def prefill_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> int:
-    """One chunk of a prompt of `tokens` tokens through a decoder, and its last logits."""
-    chunk = min(tokens, PREFILL_CHUNK)
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    width, inner = config.hidden_size, config.intermediate_size
-    residual = 2 * width * itemsize + 4 * dim * FLOAT
-    qkv = (2 * heads + 3 * kv_heads) * dim * itemsize
-    block = min(ATTENTION_BLOCK, tokens)
-    softmax = heads * (2 * block * FLOAT + 3 * dim * FLOAT)
-    norm = width * (itemsize + 2 * FLOAT)
-    mlp = 3 * inner * itemsize + width * itemsize
-    return chunk * (residual + max(qkv + softmax, norm, mlp)) + config.vocab_size * (
-        itemsize + FLOAT
-    )
-
-
-def decode_bytes(config: DecoderConfig, itemsize: int) -> int:
-    """One token through a decoder; the sampler's copies of the logits, with the sort's indices,
-    are what matters."""
-    return config.vocab_size * (itemsize + 8 * FLOAT) + prefill_bytes(config, 1, itemsize)
-
-
-def talk_bytes(config: TalkerConfig, tokens: int, itemsize: int) -> int:
-    """One chunk through the Talker: its inputs are as wide as the Thinker's states."""
-    chunk = min(tokens, PREFILL_CHUNK)
-    entry = chunk * config.embedding_size * (2 * itemsize + FLOAT)
-    return entry + prefill_bytes(config.decoder, tokens, itemsize)
-
-
-def vocode_bytes(
-    dit: DiTConfig,
-    bigvgan: BigVGANConfig,
-    settings: VocodeSettings,
-    codes: int,
-    voice_frames: int,
+def vision_bytes(
+    config: VisionConfig, patches: int, itemsize: int, kernels: Kernels, *, several: bool = True
 ) -> int:
-    """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
-    window, frames = settings.largest_pass(codes, dit.repeats)
-    kept = _modulation_bytes(dit, settings.evaluations)
-    kept += 2 * (window + frames) * dit.mel_dim * FLOAT
-    voice = _voice_bytes(dit, voice_frames)
-    return kept + max(voice, _dit_bytes(dit, window), _bigvgan_bytes(bigvgan, frames))
+    """One frame pair of `patches` patches through the tower; `several`: others come after it."""
+    width, inner = config.hidden_size * itemsize, config.intermediate_size * itemsize
+    heads, dim = config.num_heads, config.hidden_size // config.num_heads
+    norm = kernels.norm_bytes(config.hidden_size, itemsize)
+    entry = config.patch_values * itemsize
+    # Cosines, sines and what they turn are fp32.
+    turning = 5 * width + 2 * config.hidden_size * FLOAT
+    mixing = 4 * width + max(2 * width, width + width)
+    merged = config.out_hidden_size * itemsize // config.spatial_merge_size**2
+    layer = max(
+        2 * width,
+        2 * width + norm,
+        turning,
+        mixing + width,
+        4 * width + 2 * inner,
+        4 * width,
+        3 * width + 2 * merged,
+    )
+    attended = kernels.attention_bytes(patches, patches, heads, heads, dim, itemsize)
+    own = patches * (5 * width) + attended
+    whole = max(patches * layer, own) + patches * (entry + 2 * dim * FLOAT)
+    return max(whole, 2 * patches * entry if several else 0) + SMALL
 
 
-def _dit_bytes(config: DiTConfig, frames: int) -> int:
-    """One velocity evaluation (both guidance branches, float32) over `frames` mel frames."""
-    width = config.hidden_size
-    inner = config.ff_mult * width
-    layer = max(7 * width + 4 * width, 2 * width + 2 * inner)
-    return 2 * frames * (2 * width + layer + config.emb_dim + 4 * config.mel_dim) * FLOAT
+def audio_bytes(config: AudioConfig, frames: int, itemsize: int, kernels: Kernels) -> int:
+    """A window of `frames` mel frames through the tower."""
+    width, inner = config.d_model * itemsize, config.encoder_ffn_dim * itemsize
+    heads, dim = config.encoder_attention_heads, config.d_model // config.encoder_attention_heads
+    steps = (frames + 1) // 2
+    mel = frames * config.num_mel_bins * itemsize
+    attended = kernels.attention_bytes(steps, steps, heads, heads, dim, itemsize)
+    layer = max(
+        steps * 6 * width + attended,
+        steps * 7 * width,
+        steps * (2 * width + 2 * inner),
+        steps * (4 * width + config.output_dim * itemsize) // 2,
+    )
+    return mel + max(2 * frames * width, layer) + SMALL
 
 
-def _modulation_bytes(config: DiTConfig, evaluations: int) -> int:
-    """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
-    return evaluations * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
+def layer_bytes(
+    config: DecoderConfig, rows: int, keys: int, itemsize: int, kernels: Kernels
+) -> int:
+    """`rows` tokens through one decoder layer that sees `keys` tokens: its input, the rotary
+    tables, and what it makes."""
+    width, inner = config.hidden_size * itemsize, config.intermediate_size * itemsize
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    queries, kv = heads * dim * itemsize, kv_heads * dim * itemsize
+    norm = kernels.norm_bytes(config.hidden_size, itemsize)
+    attended = kernels.attention_bytes(rows, keys, heads, kv_heads, dim, itemsize)
+    moments = (
+        rows * (2 * width + norm),
+        # Queries are turned, then keys; or both as one, where their linears are joined.
+        rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv, 4 * queries + 5 * kv)),
+        rows * (2 * width + queries + 2 * kv) + attended,
+        rows * (3 * width + 2 * queries + 2 * kv),
+        rows * (4 * width + 2 * inner),
+    )
+    return max(moments) + rope_bytes(config, rows, itemsize)
 
 
-def _voice_bytes(config: DiTConfig, frames: int) -> int:
-    """The speaker encoder over a voice's reference recording and over silence."""
-    return 2 * frames * 10 * max(config.enc_channels) * FLOAT
+def logits_bytes(config: DecoderConfig, itemsize: int, by_layers: bool) -> int:
+    """Logits of one position: of the pieces of the head, joined, and in fp32. Where units come one
+    by one their pieces are still there at the end."""
+    wide = FLOAT if itemsize < FLOAT else 0
+    pieces = itemsize if by_layers else 0
+    return config.vocab_size * max(2 * itemsize, pieces + itemsize + wide)
 
 
-def _bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
-    """`frames` mel frames through the vocoder, float32."""
-    peak, channels, length = 0, config.upsample_initial_channel, frames
-    for rate in config.upsample_rates:
-        channels //= 2
-        length *= rate
-        # Around one anti-aliased activation: the block's input, the running sum, the padded and
-        # doubled signal and its snake; 2 samples for 1 between the two filters.
-        peak = max(peak, channels * length * (4 + 2 * 4))
-    return peak * FLOAT
+def prefill_bytes(
+    config: DecoderConfig,
+    tokens: int,
+    itemsize: int,
+    chunk: int,
+    kernels: Kernels,
+    *,
+    by_layers: bool = False,
+) -> int:
+    """A prompt of `tokens` tokens through a decoder, `chunk` of them at a time, and the logits of
+    the last. `by_layers`: each layer with all chunks, not each chunk with all layers."""
+    rows = min(tokens, chunk)
+    width = config.hidden_size * itemsize
+    # Beside the layer's input: the chunk's embeddings, and the states of the chunk before.
+    waiting = rows * width * (int(not by_layers) + int(tokens > chunk))
+    layer = waiting + layer_bytes(config, rows, tokens, itemsize, kernels)
+    return max(layer, rows * width + logits_bytes(config, itemsize, by_layers)) + SMALL
+
+
+def decode_bytes(
+    config: DecoderConfig,
+    context: int,
+    itemsize: int,
+    kernels: Kernels,
+    *,
+    by_layers: bool = False,
+) -> int:
+    """One token through a decoder that has seen `context`, its logits, and drawing the next."""
+    width = config.hidden_size * itemsize
+    step = max(
+        width + layer_bytes(config, 1, context, itemsize, kernels),
+        width + logits_bytes(config, itemsize, by_layers),
+    )
+    drawing = kernels.sampling * config.vocab_size
+    return max(step, drawing) + kernels.waiting * config.vocab_size * FLOAT + SMALL
+
+
+def talk_bytes(
+    config: TalkerConfig,
+    tokens: int,
+    itemsize: int,
+    chunk: int,
+    kernels: Kernels,
+    *,
+    by_layers: bool = False,
+) -> int:
+    """A prompt of `tokens` through the Talker, whose inputs are as wide as the Thinker's states,
+    and then a code at a time."""
+    rows = min(tokens, chunk)
+    wide = config.embedding_size * itemsize
+    narrow = config.decoder.hidden_size * itemsize
+    before = rows * narrow if tokens > chunk else 0
+    entry = before + rows * max(2 * wide, wide + narrow) + 4 * wide + SMALL
+    prefill = prefill_bytes(config.decoder, tokens, itemsize, chunk, kernels, by_layers=by_layers)
+    step = decode_bytes(config.decoder, tokens, itemsize, kernels, by_layers=by_layers)
+    return max(entry, prefill, step)

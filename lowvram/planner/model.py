@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from lowvram.quant import (
     HeadBits,
     KernelName,
     head_bytes,
+    head_loading_bytes,
     linear_bytes,
     loading_bytes,
     scratch_bytes,
@@ -73,6 +74,16 @@ class PartSizes:
         """All of it on the device."""
         return self.rest + sum(unit.held for unit in self.units)
 
+    @cached_property
+    def packed(self) -> int:
+        """4-bit weights of all of it."""
+        return sum(unit.packed for unit in self.units)
+
+    def halved(self) -> PartSizes:
+        """The same with weights of half the bytes each."""
+        units = tuple(Unit(unit.held // 2, unit.blob // 2, unit.packed) for unit in self.units)
+        return replace(self, rest=self.rest // 2, units=units)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelFacts:
@@ -107,12 +118,33 @@ class ModelFacts:
         itemsize: int,
         kernel: KernelName = "reference",
         head: HeadBits | None = None,
+        *,
+        aligned: bool = False,
     ) -> PartSizes:
-        """Bytes of a part whose weights are held at `itemsize` bytes each.
+        """Bytes of a part whose weights are held at `itemsize` bytes each; counted once.
 
         Token2wav is always float32. Packed linears take what `kernel` holds of them where they
         stay; `head` are the bits that the Thinker's head is rounded to, which makes it no unit.
+        `aligned`: the device gives every tensor a multiple of what blobs are aligned to.
         """
+        key = part, itemsize, kernel, head, aligned
+        if key not in self._counted:
+            self._counted[key] = self._part_sizes(part, itemsize, kernel, head, aligned)
+        return self._counted[key]
+
+    @cached_property
+    def _counted(self) -> dict[tuple[Part, int, KernelName, HeadBits | None, bool], PartSizes]:
+        return {}
+
+    def _part_sizes(
+        self,
+        part: Part,
+        itemsize: int,
+        kernel: KernelName,
+        head: HeadBits | None,
+        aligned: bool,
+    ) -> PartSizes:
+        space = _aligned if aligned else _exact
         size = 4 if part == "token2wav" else itemsize
         rest = 0
         layers: dict[int, dict[str, Shape]] = {}
@@ -121,8 +153,8 @@ class ModelFacts:
             if place is not None:
                 layers.setdefault(place[1], {})[name] = shape
             elif name != HEAD_NAME:
-                rest += math.prod(shape) * size
-        units = [self._layer(layers[index], size, kernel) for index in sorted(layers)]
+                rest += space(math.prod(shape) * size)
+        units = [self._layer(layers[index], size, kernel, space) for index in sorted(layers)]
         count = len(units)
         if part != "text":
             return PartSizes(rest, tuple(units), count)
@@ -135,27 +167,37 @@ class ModelFacts:
             rest,
             tuple(units),
             count,
-            loading=self._largest_of_blocks(kernel, _loading),
+            loading=max(
+                self._largest_of_blocks(kernel, _loading),
+                head_loading_bytes(text.hidden_size, text.vocab_size) if head else 0,
+            ),
             scratch=self._largest_of_blocks(kernel, _scratch),
             scratch_streamed=self._largest_of_blocks("reference", _scratch),
         )
 
-    def _layer(self, tensors: Mapping[str, Shape], size: int, kernel: KernelName) -> Unit:
+    def _layer(
+        self,
+        tensors: Mapping[str, Shape],
+        size: int,
+        kernel: KernelName,
+        space: Callable[[int], int],
+    ) -> Unit:
         group = self.config.quant.group_size if self.config.quant else 1
         held = packed = 0
         blob: list[int] = []
         for name, shape in tensors.items():
-            values = math.prod(shape)
             linear, _, kind = name.rpartition(".")
-            if linear not in self.packed or kind == "bias":
-                held += values * size
-                blob.append(values * size)
+            stored = {"qweight": 4, "qzeros": 4, "scales": 2} if linear in self.packed else {}
+            nbytes = math.prod(shape) * stored.get(kind, size)
+            blob.append(nbytes)
+            if kind == "qweight":
+                packed += nbytes * 2
+            if kind not in stored or kernel == "reference":
+                held += space(nbytes)
             elif kind == "qweight":
-                held += linear_bytes(shape[0], shape[1] * 8, group, kernel)
-                blob.append(values * 4)
-                packed += values * 8
-            else:
-                blob.append(values * (4 if kind == "qzeros" else 2))
+                inputs, outputs = shape[0], shape[1] * 8
+                pairs = linear_bytes(inputs, outputs, group, kernel) - nbytes
+                held += space(nbytes) + space(pairs)
         return Unit(held, blob_bytes(blob), packed)
 
     def _largest_of_blocks(self, kernel: KernelName, cost: _BlockCost) -> int:
@@ -172,6 +214,14 @@ class ModelFacts:
     @cached_property
     def _linears(self) -> dict[str, tuple[int, int, bool]]:
         return thinker_linears(self.config.thinker)
+
+
+def _exact(nbytes: int) -> int:
+    return nbytes
+
+
+def _aligned(nbytes: int) -> int:
+    return blob_bytes([nbytes])
 
 
 _BlockCost = Callable[[int, int, int, KernelName], int]

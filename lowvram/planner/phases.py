@@ -1,94 +1,244 @@
-"""The phases of a request, before anything is decided about where modules stay. No torch."""
+"""The phases of a request: what each holds besides the weights of its modules. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Literal
 
+from lowvram.config import DecoderConfig
+from lowvram.conversation import PromptShape
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
+from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
+from lowvram.planner.sound import vocode_bytes
 from lowvram.settings import GenerationSettings
-
-if TYPE_CHECKING:
-    from lowvram.conversation import PromptShape
+from lowvram.tensors import Part
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+CONVERTED_BYTES = 4 << 20
+"""Of stored weights that are converted at a time (`SCRATCH_BYTES` of `offload/store.py`)."""
 
-@dataclass(frozen=True)
+Home = Literal["device", "host"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseLoad:
-    """A phase: the modules it runs, and the bytes it holds besides their weights."""
+    """A phase: the modules it runs, and the bytes it holds besides their weights while it computes.
+
+    `loading` is what it holds instead while its modules come to the device; carry is there in both.
+    """
 
     name: str
-    modules: tuple[str, ...]
+    modules: tuple[Part, ...]
     kv: int = 0
     workspace: int = 0
     carry: int = 0
     activations: int = 0
+    loading: int = 0
+
+    @property
+    def computing(self) -> int:
+        return self.kv + self.workspace + self.carry + self.activations
 
     def joined(self, other: PhaseLoad) -> PhaseLoad:
-        """Both interleaved: what each keeps adds up; of their activations the larger counts."""
+        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger."""
         return PhaseLoad(
-            f"{self.name}+{other.name}",
-            self.modules + other.modules,
-            self.kv + other.kv,
-            max(self.workspace, other.workspace),
-            max(self.carry, other.carry),
-            max(self.activations, other.activations),
+            name=f"{self.name}+{other.name}",
+            modules=self.modules + other.modules,
+            kv=self.kv + other.kv,
+            workspace=max(self.workspace, other.workspace),
+            carry=max(self.carry, other.carry),
+            activations=max(self.activations, other.activations),
+            loading=max(self.loading, other.loading),
         )
 
 
-def request_phases(
-    model: ModelFacts,
-    shape: PromptShape,
-    settings: GenerationSettings,
-    *,
-    dtype: str,
-    text_sizes: PartSizes,
-    head_loading: int = 0,
-    host_is_device: bool,
-) -> list[PhaseLoad]:
-    """The phases of one request, in order.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One request to one model on one type of device, before anything is decided.
 
-    `host_is_device`: on the CPU the prompt's embeddings and states count against the budget; else
-    they wait on the host and cost the device nothing.
-    `head_loading` is what loading a rounded head takes besides it.
+    `itemsize` is that of the activations, `kv_itemsize` that of keys and values. `host_is_device`:
+    on the CPU the prompt's embeddings and states count against the budget; else they wait on the
+    host and cost the device nothing. `unpacks`: packed linears are de-quantized for every product,
+    not only those that stream. `converted` parts are stored in another type, and read through
+    memory that counts. `settings` name their bounds.
     """
-    config = model.config
-    text = config.thinker.text
-    size = ITEMSIZE[dtype]
-    tokens, reply = shape.tokens, settings.tokens
-    row = laws.states_bytes(text.hidden_size, 1, size)
-    prompt = states = spoken = 0
-    if host_is_device:
-        prompt = tokens * row
-    if host_is_device and settings.speech:
-        states = (tokens + reply) * row
-        # The Talker's first input is a copy of the states.
-        spoken = 2 * states
-    phases = []
-    if shape.grids:
-        largest = max(height * width for _, height, width in shape.grids)
-        work = laws.vision_bytes(config.thinker.vision, largest, size)
-        phases.append(PhaseLoad("vision", ("visual",), carry=prompt + states, activations=work))
-    if shape.audio_frames:
-        work = laws.audio_bytes(config.thinker.audio, size)
-        phases.append(PhaseLoad("audio", ("audio",), carry=prompt + states, activations=work))
-    kv = laws.kv_bytes(text, tokens + reply, size)
-    work = laws.prefill_bytes(text, tokens, size)
-    scratch = max(text_sizes.scratch, text_sizes.loading)
-    loading = scratch + head_loading
-    phases.append(PhaseLoad("prefill", ("text",), kv, loading, prompt + states, work))
-    work = laws.decode_bytes(text, size)
-    phases.append(PhaseLoad("decode", ("text",), kv, scratch, prompt + states, work))
-    if settings.speech and config.talker and config.dit and config.bigvgan:
-        codes = settings.codes
-        decoder = config.talker.decoder
-        kv = laws.kv_bytes(decoder, tokens + 2 + codes, size)
-        work = laws.talk_bytes(config.talker, tokens + 2, size)
-        phases.append(PhaseLoad("talk", ("talker",), kv, carry=spoken, activations=work))
-        pieces = VocodeSettings(solver=settings.solver, whole=settings.whole_speech)
-        work = laws.vocode_bytes(config.dit, config.bigvgan, pieces, codes, model.voice_frames)
-        phases.append(PhaseLoad("vocode", ("token2wav",), activations=work))
-    return phases
+
+    model: ModelFacts
+    shape: PromptShape
+    settings: GenerationSettings
+    sizes: Mapping[Part, PartSizes]
+    itemsize: int
+    kv_itemsize: int
+    kernels: Kernels
+    unpacks: bool
+    host_is_device: bool
+    converted: frozenset[Part] = frozenset()
+
+    @property
+    def speaks(self) -> bool:
+        return self.settings.speech and self.model.config.speaks
+
+    @property
+    def talker_tokens(self) -> int:
+        """Of the Talker's prompt: the Thinker's, the voice and the first of the reply."""
+        return self.shape.tokens + 2
+
+    @cached_property
+    def host_states(self) -> int:
+        """Bytes of the prompt's embeddings and, where it speaks, of all states, on the host."""
+        row = laws.states_bytes(self.model.config.thinker.text.hidden_size, 1, self.itemsize)
+        tokens = self.shape.tokens
+        return row * (tokens + (tokens + self.settings.tokens if self.speaks else 0))
+
+    @property
+    def _carry(self) -> int:
+        return self.host_states if self.host_is_device else 0
+
+    def reading(self, part: Part) -> int:
+        """What reading a part's weights takes besides them."""
+        return CONVERTED_BYTES if part in self.converted else 0
+
+    def towers(self) -> list[PhaseLoad]:
+        """The phases before the prompt, where the request has media."""
+        phases = []
+        thinker = self.model.config.thinker
+        if self.shape.grids:
+            pairs = [(height * width, time) for time, height, width in self.shape.grids]
+            several = len(pairs) > 1 or pairs[0][1] > 1
+            work = laws.vision_bytes(
+                thinker.vision, max(pairs)[0], self.itemsize, self.kernels, several=several
+            )
+            phases.append(
+                PhaseLoad(
+                    name="vision",
+                    modules=("visual",),
+                    carry=self._carry,
+                    activations=work,
+                    loading=self.reading("visual"),
+                )
+            )
+        if self.shape.audio_frames:
+            frames = min(2 * thinker.audio.n_window, max(self.shape.audio_frames))
+            work = laws.audio_bytes(thinker.audio, frames, self.itemsize, self.kernels)
+            phases.append(
+                PhaseLoad(
+                    name="audio",
+                    modules=("audio",),
+                    carry=self._carry,
+                    activations=work,
+                    loading=self.reading("audio"),
+                )
+            )
+        return phases
+
+    def think(self, kv: Home, chunk: int, streams: bool) -> list[PhaseLoad]:
+        """Prefill and decode. `streams`: some of the text model comes through slabs."""
+        text = self.model.config.thinker.text
+        tokens, size = self.shape.tokens, self.itemsize
+        by_layers = streams or kv == "host"
+        sizes = self.sizes["text"]
+        scratch = sizes.scratch_streamed + self.reading("text") if streams else sizes.scratch
+        between = self.between_layers("text") if by_layers and self.host_is_device else 0
+        held = self._kv_bytes("text", kv)
+        work = laws.prefill_bytes(text, tokens, size, chunk, self.kernels, by_layers=by_layers)
+        prefill = PhaseLoad(
+            name="prefill",
+            modules=("text",),
+            kv=held,
+            workspace=scratch,
+            carry=self._carry + between,
+            activations=work,
+            loading=max(sizes.loading, self.reading("text")),
+        )
+        context = tokens + self.settings.tokens
+        decode = PhaseLoad(
+            name="decode",
+            modules=("text",),
+            kv=held,
+            workspace=scratch,
+            carry=self._carry,
+            activations=laws.decode_bytes(text, context, size, self.kernels, by_layers=by_layers),
+        )
+        return [prefill, decode]
+
+    def talk(self, kv: Home, chunk: int, streams: bool) -> PhaseLoad:
+        """Codes from the Thinker's states."""
+        config = self.model.config.talker
+        assert config is not None
+        tokens, size = self.talker_tokens, self.itemsize
+        by_layers = streams or kv == "host"
+        carry = 0
+        if self.host_is_device:
+            # The Talker's first input is a copy of the states.
+            row = laws.states_bytes(config.embedding_size, 1, size)
+            carry = 2 * row * (self.shape.tokens + self.settings.tokens)
+            carry += self.between_layers("talker") if by_layers else 0
+        work = laws.talk_bytes(config, tokens, size, chunk, self.kernels, by_layers=by_layers)
+        return PhaseLoad(
+            name="talk",
+            modules=("talker",),
+            kv=self._kv_bytes("talker", kv),
+            workspace=self.reading("talker") if streams else 0,
+            carry=carry,
+            activations=work,
+            loading=self.reading("talker"),
+        )
+
+    def vocode(self) -> PhaseLoad:
+        """Sound from codes."""
+        config = self.model.config
+        assert config.dit is not None and config.bigvgan is not None
+        pieces = VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
+        work = vocode_bytes(
+            config.dit,
+            config.bigvgan,
+            pieces,
+            self.settings.codes,
+            self.model.voice_frames,
+            self.kernels,
+        )
+        return PhaseLoad(
+            name="vocode",
+            modules=("token2wav",),
+            activations=work,
+            loading=self.reading("token2wav"),
+        )
+
+    def between_layers(self, part: Part) -> int:
+        """Bytes that wait on the host while a prompt goes through layer by layer: rotary tables,
+        and the states between two layers. Those of a Thinker that speaks are the Talker's."""
+        decoder = self.decoder(part)
+        tokens = self.shape.tokens if part == "text" else self.talker_tokens
+        own = 0 if part == "text" and self.speaks else tokens
+        return laws.states_bytes(decoder.hidden_size, own, self.itemsize) + laws.rope_bytes(
+            decoder, tokens, self.itemsize
+        )
+
+    def decoder(self, part: Part) -> DecoderConfig:
+        """Of `text` or `talker`."""
+        config = self.model.config
+        if part == "text" or config.talker is None:
+            return config.thinker.text
+        return config.talker.decoder
+
+    def kv_tokens(self, part: Part) -> int:
+        """Positions in the cache of `text` or `talker`."""
+        if part == "text":
+            return self.shape.tokens + self.settings.tokens
+        return self.talker_tokens + self.settings.codes
+
+    def kv_layer_bytes(self, part: Part) -> int:
+        """Keys and values of one layer of `text` or `talker`."""
+        return laws.kv_layer_bytes(self.decoder(part), self.kv_tokens(part), self.kv_itemsize)
+
+    def kv_layers(self, part: Part) -> int:
+        return self.sizes[part].layers
+
+    def _kv_bytes(self, part: Part, home: Home) -> int:
+        """On the device: every layer's, or two layers' that take turns."""
+        return self.kv_layer_bytes(part) * (2 if home == "host" else self.kv_layers(part))

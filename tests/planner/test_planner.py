@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram.conversation import PromptShape
@@ -50,13 +50,14 @@ def plan(
     kind: str = "cuda",
     on_device: frozenset[str] = frozenset(),
     model: ModelFacts = SEVEN,
-    **settings: Any,
+    host_free: int = 16 * GIB,
+    **request: Any,
 ) -> Plan:
     where = facts(kind)
     return make_plan(
         model,
         shape,
-        GenerationSettings(**settings),
+        GenerationSettings(**request),
         facts=where,
         budget=Budget(
             budget_bytes=budget,
@@ -65,13 +66,16 @@ def plan(
         ),
         dtype=DtypeChoice("float16", "as stored"),
         on_device=on_device,
+        host_free=host_free,
     )
 
 
-budgets = st.integers(1 * GIB, 40 * GIB)
+budgets = st.integers(2 * GIB, 20 * GIB)
 shapes = st.sampled_from([VIDEO, WORDS])
+few = settings(max_examples=30, deadline=None)
 
 
+@few
 @given(budgets, shapes, st.booleans(), st.sampled_from(["cuda", "cpu", "npu"]))
 def test_a_plan_keeps_the_budget_or_says_what_would_do(
     budget: int, shape: PromptShape, speech: bool, kind: str
@@ -87,15 +91,20 @@ def test_a_plan_keeps_the_budget_or_says_what_would_do(
     assert not plan(found.minimum_budget_bytes - 1, shape, kind, speech=speech).fits
 
 
+@few
 @given(budgets, budgets, shapes)
-def test_a_bigger_budget_keeps_at_least_as_much(one: int, other: int, shape: PromptShape) -> None:
-    def kept(budget: int) -> int:
-        found = plan(budget, shape)
-        kept = (SEVEN.part_sizes(m, 2).total for m in MODULES if found.resident(m))
-        return sum(kept) if found.fits else -1
-
+def test_a_bigger_budget_is_never_used_worse(one: int, other: int, shape: PromptShape) -> None:
     small, big = sorted((one, other))
-    assert kept(small) <= kept(big)
+    slow, fast = plan(small, shape, speech=False), plan(big, shape, speech=False)
+    if slow.fits:
+        assert fast.fits
+        after = frozenset(MODULES)  # times of a second request, for which the choice is made
+        slow, fast = (plan(b, shape, on_device=after, speech=False) for b in (small, big))
+        assert seconds(fast) <= seconds(slow) * (1 + 1e-9)
+
+
+def seconds(found: Plan) -> float:
+    return sum(row.seconds for row in found.phases)
 
 
 def test_with_room_for_everything_all_stays_and_speech_is_interleaved() -> None:
@@ -112,7 +121,8 @@ def test_with_room_for_everything_all_stays_and_speech_is_interleaved() -> None:
 
 def test_with_little_room_modules_come_and_go_and_speech_is_staged() -> None:
     found = plan(plan(GIB, model=THREE).minimum_budget_bytes, model=THREE)
-    assert found.residency["text"] == "on demand"
+    assert found.residency["text"].startswith("streamed: ")
+    assert found.residency["visual"] == "on demand"
     assert [row.name for row in found.phases][-2:] == ["talk", "vocode"]
     assert found.phase("vision").on_device == ("visual",)
 
@@ -120,7 +130,7 @@ def test_with_little_room_modules_come_and_go_and_speech_is_staged() -> None:
 def test_a_second_request_moves_only_what_did_not_stay() -> None:
     first = plan(23 * GIB)
     again = plan(23 * GIB, on_device=frozenset(MODULES))
-    assert first.bytes_to_move == sum(SEVEN.part_sizes(m, 2).total for m in MODULES)
+    assert first.bytes_to_move == sum(SEVEN.part_sizes(m, 2, aligned=True).total for m in MODULES)
     assert again.bytes_to_move == 0
 
 

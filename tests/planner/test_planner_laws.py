@@ -23,8 +23,11 @@ from lowvram.models import (
     VisionTower,
     dense,
 )
+from lowvram.models.head import PiecewiseHead
 from lowvram.offload import Meter, open_device
 from lowvram.planner import laws
+from lowvram.planner.kernels import kernels_of
+from lowvram.planner.sound import vocode_bytes
 from lowvram.pocket import pocket_config
 from lowvram.specs import SPECS
 
@@ -34,8 +37,11 @@ CONFIGS = {
     "pocket": OmniConfig.from_dict(pocket_config()),
 }
 DTYPES = (torch.bfloat16, torch.float32)
-LOOSEST = {"7B": 3.2, "3B": 3.2, "pocket": 12.0}
-"""How far above the meter a law may lie: at true shapes it decides what fits."""
+LOOSEST = {"7B": 1.1, "3B": 1.1, "pocket": 1.4}
+"""How far above the meter a law may lie: at true shapes it decides what fits. In the smallest
+model what laws do not count, and tables that only some moments need, are a good part."""
+
+META = kernels_of("meta")
 
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 models = pytest.mark.parametrize("name", CONFIGS)
@@ -56,7 +62,7 @@ def measured(work: Callable[[], object]) -> int:
 
 def check(name: str, work: Callable[[], object], law: int) -> None:
     seen = measured(work)
-    assert seen <= law <= LOOSEST[name] * seen
+    assert seen <= law <= LOOSEST[name] * seen + laws.SMALL
 
 
 def shallow(config: Any, **fields: Any) -> Any:
@@ -72,7 +78,7 @@ def test_vision(name: str, dtype: torch.dtype, grid: tuple[int, int]) -> None:
     tower = build(lambda: VisionTower(config), dtype)
     height, width = grid
     patches = torch.empty(height * width, config.patch_values)
-    law = laws.vision_bytes(config, height * width, dtype.itemsize)
+    law = laws.vision_bytes(config, height * width, dtype.itemsize, META, several=False)
     check(name, lambda: tower(patches.to("meta", dtype), height, width), law)
 
 
@@ -81,8 +87,10 @@ def test_vision(name: str, dtype: torch.dtype, grid: tuple[int, int]) -> None:
 def test_audio(name: str, dtype: torch.dtype) -> None:
     config = shallow(CONFIGS[name].thinker.audio, encoder_layers=2)
     tower = build(lambda: AudioTower(config), dtype)
-    mel = torch.empty(config.num_mel_bins, 2 * config.n_window)
-    check(name, lambda: tower(mel.to("meta", dtype)), laws.audio_bytes(config, dtype.itemsize))
+    frames = 2 * config.n_window
+    mel = torch.empty(config.num_mel_bins, frames)
+    law = laws.audio_bytes(config, frames, dtype.itemsize, META)
+    check(name, lambda: tower(mel.to("meta", dtype)), law)
 
 
 def decoding(
@@ -93,11 +101,17 @@ def decoding(
     shape = (2, 1, decoder.num_key_value_heads, past + tokens, decoder.head_dim)
     cache = KVCache(*shape, dtype, "meta")
 
-    def work() -> None:
-        inner = model.model if isinstance(model, ThinkerText) else model
+    def feed() -> torch.Tensor:
         x = torch.empty(1, tokens, width).to("meta", dtype)
-        rope = inner.rope(torch.zeros(3, 1, tokens, dtype=torch.long), dtype)
-        model.logits(inner(x, rope, cache, past)[:, -1])
+        return x if isinstance(model, ThinkerText) else model.project(x)
+
+    def through() -> torch.Tensor:
+        x = feed()
+        rope = model.model.rope(torch.zeros(3, 1, tokens, dtype=torch.long), dtype)
+        return model.model(x, rope, cache, past)[:, -1]
+
+    def work() -> None:
+        model.logits(through())
 
     return work
 
@@ -108,13 +122,18 @@ def decoding(
 def test_thinker(name: str, dtype: torch.dtype, tokens: int) -> None:
     thinker = CONFIGS[name].thinker
     text = shallow(thinker.text, num_hidden_layers=2)
-    model = build(lambda: ThinkerText(shallow(thinker, text=text), dense), dtype)
+
+    def linear(part: str, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+        if part == "thinker.lm_head":
+            return PiecewiseHead(inputs, outputs, dtype.itemsize, "lm_head.weight")
+        return dense(part, inputs, outputs, bias)
+
+    model = build(lambda: ThinkerText(shallow(thinker, text=text), linear), dtype)
     work = decoding(model, text, text.hidden_size, tokens, dtype)
     if tokens == 1:
-        # The sampler's copies, which the law counts, are not made here.
-        assert measured(work) <= laws.decode_bytes(text, dtype.itemsize)
+        check(name, work, laws.decode_bytes(text, 101, dtype.itemsize, META))
     else:
-        check(name, work, laws.prefill_bytes(text, tokens, dtype.itemsize))
+        check(name, work, laws.prefill_bytes(text, tokens, dtype.itemsize, 512, META))
 
 
 @both
@@ -124,7 +143,7 @@ def test_talker(name: str, dtype: torch.dtype) -> None:
     assert talker is not None
     decoder = shallow(talker.decoder, num_hidden_layers=2)
     model = build(lambda: Talker(shallow(talker, decoder=decoder)), dtype)
-    law = laws.talk_bytes(shallow(talker, decoder=decoder), 512, dtype.itemsize)
+    law = laws.talk_bytes(shallow(talker, decoder=decoder), 512, dtype.itemsize, 512, META)
     check(name, decoding(model, decoder, talker.embedding_size, 512, dtype), law)
 
 
@@ -150,4 +169,4 @@ def test_vocoder(name: str, solver: Any, codes: int, whole: bool) -> None:
         for piece in (*stream.push([0] * codes), *stream.finish()):
             assert len(piece.samples)
 
-    check(name, work, laws.vocode_bytes(config.dit, config.bigvgan, settings, codes, 400))
+    check(name, work, vocode_bytes(config.dit, config.bigvgan, settings, codes, 400, META))

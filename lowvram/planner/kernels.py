@@ -1,0 +1,65 @@
+"""What a type of device holds on the way to its results, besides what every device holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+QUERY_BLOCK, KEY_BLOCK, LONGEST_KEY_BLOCK = 256, 512, 8192
+"""Rows and keys of the block-wise attention, as in `models/attention.py`."""
+
+FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """How a device computes what is not a product.
+
+    `wide_norms`: norms go through fp32, else they stay in the type of the activations.
+    `attention`: `fused` holds its output alone; `grouped` a copy of it and a sum for each row;
+    `halves` two results that are joined in fp32; `blocks` a block of scores.
+    `sampling`: bytes a logit that drawing takes, at most; `waiting`: fp32 logits of earlier steps
+    that are still there, and that the device's own statistics count.
+    """
+
+    wide_norms: bool
+    attention: Literal["fused", "grouped", "halves", "blocks"]
+    sampling: int
+    waiting: int = 0
+
+    def norm_bytes(self, width: int, itemsize: int) -> int:
+        """One row of `width` on its way through a norm."""
+        return 2 * width * (FLOAT if self.wide_norms else itemsize)
+
+    def attention_bytes(
+        self, rows: int, keys: int, heads: int, kv_heads: int, dim: int, itemsize: int
+    ) -> int:
+        """`rows` queries of `heads` heads over `keys` keys: the output, and what is held for it."""
+        values = rows * heads * dim
+        out = values * itemsize
+        if self.attention == "fused":
+            return out
+        if self.attention == "grouped":
+            return 2 * out + rows * heads * FLOAT
+        if self.attention == "halves":
+            return 4 * out + 3 * values * FLOAT + 4 * rows * heads * FLOAT
+        block = min(rows, QUERY_BLOCK)
+        span = min(keys, QUERY_BLOCK * KEY_BLOCK // max(block, 1), LONGEST_KEY_BLOCK)
+        scores = 2 * heads * block * span * FLOAT + block * span
+        queries = 4 * heads * block * (dim + 1) * FLOAT
+        return out + scores + queries + kv_heads * span * dim * FLOAT
+
+
+_ACCELERATOR = Kernels(wide_norms=True, attention="grouped", sampling=8, waiting=2)
+
+_KERNELS = {
+    "meta": Kernels(wide_norms=False, attention="fused", sampling=0),
+    "cpu": Kernels(wide_norms=True, attention="halves", sampling=34),
+    "cuda": _ACCELERATOR,
+    "npu": Kernels(wide_norms=True, attention="blocks", sampling=8, waiting=2),
+}
+
+
+def kernels_of(device_type: str) -> Kernels:
+    """Those of `cuda`, `npu`, `cpu` or `meta`."""
+    return _KERNELS[device_type]

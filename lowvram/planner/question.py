@@ -1,0 +1,111 @@
+"""What is asked of the planner, and the request that follows from it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from lowvram.conversation import PromptShape, check_window
+from lowvram.planner.choices import MODULES
+from lowvram.planner.device import DeviceFacts, DtypeChoice
+from lowvram.planner.kernels import kernels_of
+from lowvram.planner.model import ModelFacts, PartSizes
+from lowvram.planner.phases import ITEMSIZE, Request
+from lowvram.quant import (
+    HEAD_OPTIONS,
+    HeadBits,
+    HeadChoice,
+    KernelChoice,
+    choose_head,
+    preferred_kernel,
+)
+from lowvram.settings import GenerationSettings
+from lowvram.tensors import Part
+
+Kernel = Literal["auto", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """A request to a model on a device.
+
+    `settings` name their bounds. `allow` are options that may change results, `later` those of them
+    that no engine knows yet and whose effect on memory is wanted all the same.
+    """
+
+    model: ModelFacts
+    shape: PromptShape
+    settings: GenerationSettings
+    facts: DeviceFacts
+    dtype: DtypeChoice
+    allow: tuple[str, ...] = ()
+    kernel: Kernel = "auto"
+    later: frozenset[str] = frozenset()
+
+    @cached_property
+    def packed_kernel(self) -> KernelChoice:
+        """Of packed linears that stay."""
+        return preferred_kernel(self.facts.type, self.dtype.name, self.kernel)
+
+    @cached_property
+    def head(self) -> HeadChoice | None:
+        """How the Thinker's head is rounded; None where nothing that would do so is allowed."""
+        text = self.model.config.thinker.text
+        return choose_head(self.allow, self.packed_kernel.name, text.hidden_size, text.vocab_size)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: prompt and reply are beyond the model's window.
+        """
+        window = self.model.config.thinker.text.max_position_embeddings
+        check_window(self.shape.next_position, self.settings.tokens, window)
+
+    def request(self) -> Request:
+        size = ITEMSIZE[self.dtype.name]
+        return Request(
+            model=self.model,
+            shape=self.shape,
+            settings=self.settings,
+            sizes={part: self._sizes(part, size) for part in MODULES},
+            itemsize=size,
+            kv_itemsize=1 if "kv8" in self.later else size,
+            kernels=kernels_of(self.facts.type),
+            unpacks=self.packed_kernel.name == "reference",
+            host_is_device=self.facts.type == "cpu",
+            converted=self._converted,
+        )
+
+    @property
+    def _converted(self) -> frozenset[Part]:
+        """Parts whose weights are converted while they are read. The vocoder is fp32, in the file
+        as well unless that is packed."""
+        if self.facts.type != "cpu":
+            return frozenset()
+        changed = self.model.stored_dtype != self.dtype.name
+        vocoder: set[Part] = {"token2wav"} if self.model.packed else set()
+        others = {part for part in MODULES if part != "token2wav"} if changed else set()
+        return frozenset(others | vocoder)
+
+    def _sizes(self, part: Part, itemsize: int) -> PartSizes:
+        sizes = self.model.part_sizes(
+            part,
+            itemsize,
+            self.packed_kernel.name,
+            self._head_bits,
+            aligned=self.facts.type in ("cuda", "npu"),
+        )
+        halved = {"talker8": "talker", "vocoder16": "token2wav"}
+        return sizes.halved() if any(halved.get(name) == part for name in self.later) else sizes
+
+    @property
+    def _head_bits(self) -> HeadBits | None:
+        for name, bits in HEAD_OPTIONS.items():
+            if name in self.later:
+                return bits
+        return self.head.bits if self.head else None
+
+    def with_later(self, *names: str) -> Question:
+        """The same question as if those options existed and were allowed."""
+        return replace(self, later=frozenset(names))

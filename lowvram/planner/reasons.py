@@ -1,0 +1,169 @@
+"""Why a plan is as it is: a line for each choice, with its bytes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lowvram.offload import Budget, format_size
+from lowvram.planner.choices import MODULES, Choice, Choices
+from lowvram.planner.gains import later_gains, minimum_budget
+from lowvram.planner.options import Option
+from lowvram.planner.plan import PhasePlan
+from lowvram.planner.question import Question
+from lowvram.planner.seconds import Rates
+from lowvram.planner.work import expected_codes, expected_tokens
+from lowvram.tensors import Part
+
+
+def reasons(
+    question: Question,
+    choices: Choices,
+    choice: Choice,
+    rows: Sequence[PhasePlan],
+    budget: Budget,
+    minimum: int,
+    why_source: str,
+) -> tuple[str, ...]:
+    """The lines, the most important first."""
+    peak = max(rows, key=lambda row: row.predicted_peak_bytes)
+    fits = peak.predicted_peak_bytes <= budget.budget_bytes - budget.guard_bytes
+    lines = [f"the peak is {peak.name}: {format_size(peak.predicted_peak_bytes)}"]
+    if not fits:
+        lines.append(f"the smallest budget that would do is {format_size(minimum, round_up=True)}")
+    lines += _modules(choices, choice)
+    if any(option.cut.streamed for option in choice.options.values()):
+        lines.append(f"streamed units come from {why_source}")
+    lines += _speech(choices, choice)
+    lines += _times(choices, choice, rows)
+    lines += _later(question, choices, choice, budget, minimum, fits)
+    facts = question.facts
+    if facts.assumed:
+        lines.append(f"context {format_size(facts.context_bytes)} is assumed, not measured")
+    lines.append(f"{question.dtype.name}: {question.dtype.reason}")
+    if question.model.packed:
+        packed = question.packed_kernel
+        lines.append(f"packed linears, {packed.name}: {packed.reason}")
+    if question.head is not None:
+        lines.append(question.head.reason)
+    return tuple(lines)
+
+
+def _modules(choices: Choices, choice: Choice) -> Iterator[str]:
+    for module in MODULES:
+        if module not in choices.used:
+            continue
+        size = format_size(choices.weights[module])
+        option = choice.options.get(module)
+        if module in choice.resident:
+            yield f"{module} ({size}) stays: every phase fits beside it"
+        elif option is None or not option.cut.streamed:
+            yield f"{module} ({size}) is loaded for its phase and dropped after it"
+        if option is not None:
+            yield from _option(choices, module, option)
+
+
+def _option(choices: Choices, module: Part, option: Option) -> Iterator[str]:
+    request = choices.request
+    sizes = request.sizes[module]
+    cut = option.cut
+    if cut.streamed:
+        pieces = len(sizes.units) - sizes.layers
+        head = f" and {cut.pieces} of {pieces} pieces of the head" if cut.pieces else ""
+        saved = choices.weights[module] - cut.on_device
+        yield (
+            f"{module}: {cut.layers} of {sizes.layers} layers{head} stream through "
+            f"{format_size(cut.slabs)} of slabs: {format_size(saved)} less on the device, "
+            f"{format_size(cut.moved)} to move in every pass"
+        )
+    whole = request.kv_layer_bytes(module) * request.kv_layers(module)
+    two = 2 * request.kv_layer_bytes(module)
+    if option.kv == "host":
+        yield (
+            f"{module}: keys and values ({format_size(whole)}) wait on the host, two layers' "
+            f"({format_size(two)}) are on the device"
+        )
+    elif not request.host_is_device:
+        yield f"{module}: keys and values ({format_size(whole)}) stay on the device"
+    yield f"{module}: {option.chunk} tokens of the prompt at a time"
+
+
+def _speech(choices: Choices, choice: Choice) -> Iterator[str]:
+    if choice.talk is None:
+        return
+    both = format_size(choices.weights["talker"] + choices.weights["token2wav"])
+    if choice.interleaved:
+        yield f"speech is vocoded while codes are drawn: Talker and vocoder ({both}) fit together"
+    else:
+        yield (
+            "speech is vocoded after all codes are drawn: Talker and vocoder "
+            f"({both}) together would not fit, or would be slower"
+        )
+
+
+def _times(choices: Choices, choice: Choice, rows: Sequence[PhasePlan]) -> Iterator[str]:
+    rates: Rates = choices.rates
+    yield (
+        f"speeds are assumed: memory {rates.memory / 1e9:g}, bus {rates.bus / 1e9:g}, disk "
+        f"{rates.disk / 1e9:g} GB/s, {rates.compute / 1e12:g} Tflop/s"
+    )
+    for row in rows:
+        if row.name == "decode":
+            tokens = expected_tokens(choices.request)
+            yield (
+                f"decode: about {tokens / row.seconds:.3g} tokens a second over {tokens} tokens, "
+                f"bound by {row.bound}"
+            )
+    if choice.talk is not None:
+        codes = expected_codes(choices.request)
+        yield (
+            f"the first sound after about {choice.first_sound:.2g} s, the last after "
+            f"{choice.seconds:.2g} s, for {codes / 50:g} s of speech"
+        )
+
+
+def _later(
+    question: Question,
+    choices: Choices,
+    choice: Choice,
+    budget: Budget,
+    minimum: int,
+    fits: bool,
+) -> Iterator[str]:
+    """What options of later versions would gain, where that would change something."""
+    if not fits:
+        for name, size in later_gains(question, minimum).items():
+            yield (
+                f"{name} would lower the smallest budget by {format_size(minimum - size)} to "
+                f"{format_size(size, round_up=True)}; this version does not use it"
+            )
+    elif choice.talk is not None:
+        yield from _early_speech(question, choices, budget)
+    for name in question.allow:
+        if not (question.head and name.startswith("head")):
+            yield f"{name} is allowed; no plan of this version uses it"
+
+
+def _early_speech(question: Question, choices: Choices, budget: Budget) -> Iterator[str]:
+    """Thinker, Talker and vocoder at once: what speaking while the Thinker writes would need."""
+    needed = minimum_budget(_together(choices))
+    yield (
+        "speech begins when the text is complete; to speak while the Thinker writes, all three on "
+        f"the device, would take {format_size(needed)}"
+    )
+    if needed <= budget.budget_bytes:
+        return
+    for name in ("head8", "head4", "talker8", "kv8", "vocoder16"):
+        other = question.with_later(name)
+        less = minimum_budget(_together(Choices(other.request(), other.facts, choices.source)))
+        if less < needed:
+            yield f"{name} would take {format_size(needed - less)} off that; not in this version"
+
+
+def _together(choices: Choices) -> int:
+    request = choices.request
+    assert choices.vocode is not None
+    loads = [*request.think("device", 512, False), request.talk("device", 512, False)]
+    kept = sum(choices.weights[m] for m in ("text", "talker", "token2wav"))
+    kv = loads[0].kv + loads[-1].kv
+    held = max(one.computing - one.kv for one in (*loads, choices.vocode))
+    return choices.base + kept + kv + held

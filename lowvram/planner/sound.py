@@ -1,0 +1,90 @@
+"""The laws of the vocoder: see `laws.py`. All functions return bytes. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowvram.config import BigVGANConfig, DiTConfig
+from lowvram.planner.kernels import FLOAT, Kernels
+from lowvram.planner.laws import SMALL
+
+if TYPE_CHECKING:
+    from lowvram.engine.pieces import VocodeSettings
+
+
+def vocode_bytes(
+    dit: DiTConfig,
+    bigvgan: BigVGANConfig,
+    settings: VocodeSettings,
+    codes: int,
+    voice_frames: int,
+    kernels: Kernels,
+) -> int:
+    """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
+    window, frames = settings.largest_pass(codes, dit.repeats)
+    steps = settings.time_points - 1
+    # As `field_times` of models/ode.py: neighbouring steps of rk4 share a time.
+    kept = _modulation_bytes(dit, steps if settings.solver == "euler" else 3 * steps + 1)
+    mel = (window + frames) * dit.mel_dim * FLOAT
+    states = 3 if settings.solver == "euler" else 7
+    moments = (
+        _voice_bytes(dit, voice_frames),
+        mel + _dit_bytes(dit, window, kernels) + states * window * dit.mel_dim * FLOAT,
+        mel + _bigvgan_bytes(bigvgan, frames),
+    )
+    return kept + max(moments) + SMALL
+
+
+def _modulation_bytes(config: DiTConfig, times: int) -> int:
+    """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
+    return times * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
+
+
+def _voice_bytes(config: DiTConfig, frames: int) -> int:
+    """The speaker encoder over a voice's reference recording and over silence: its last product,
+    whose input is padded by a copy."""
+    channels = config.enc_channels
+    last = channels[-1]
+    pooling = 7 * last + sum(channels[:-1]) + config.enc_attention_channels
+    joined = 2 * last + sum(channels[:-1]) + 2 * sum(channels[1:-1])
+    first = 8 * max(channels[:-1], default=last)
+    values = max(pooling, joined, first) + 2 * config.mel_dim
+    return 2 * frames * values * FLOAT + 12 * last * FLOAT
+
+
+def _dit_bytes(config: DiTConfig, frames: int, kernels: Kernels) -> int:
+    """One velocity evaluation (both guidance branches, fp32) over `frames` mel frames."""
+    width = config.hidden_size
+    heads, dim = config.num_attention_heads, config.head_dim
+    inner, attended = config.ff_mult * width, heads * dim
+    block = min(config.block_size, frames)
+    later = frames - block
+    # Blocks that look at a neighbour read overlapping windows of keys and values, which are copies.
+    seen = 2 if config.look_backward_layers or config.look_ahead_layers else 1
+    windows = later * (1 + 2 * seen) * attended + block * attended if later else 0
+    blocks = 2 * max(1, later // max(block, 1))
+    output = (
+        kernels.attention_bytes(block, seen * block, blocks * heads, blocks * heads, dim, FLOAT)
+        // FLOAT
+    )
+    layer = max(
+        2 * frames * (2 * width + 3 * attended) + 2 * windows + output,
+        2 * frames * (3 * width + 4 * attended),
+        2 * frames * (2 * width + 2 * inner),
+        2 * frames * (3 * width),
+    )
+    kept = frames * (width // config.repeats + config.head_dim)
+    return (layer + kept) * FLOAT
+
+
+def _bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
+    """`frames` mel frames through the vocoder, fp32: around one anti-aliased activation, the
+    stage's input, the running sum, the block's input and the signal, twice at double rate."""
+    peak, channels, length = 0, config.upsample_initial_channel, frames
+    for rate in config.upsample_rates:
+        peak = max(peak, channels * length + channels // 2 * length * rate)
+        channels //= 2
+        length *= rate
+        peak = max(peak, channels * (8 * length + 40))
+    entry = frames * (4 * config.mel_dim + config.upsample_initial_channel)
+    return max(peak, entry) * FLOAT
