@@ -1,6 +1,6 @@
 """A true-shape 3B-AWQ speaks on the CPU while the operating system enforces the stated budget.
 
-    python benchmarks/referee.py FOLDER --budget 4GiB 2.5GiB
+    python benchmarks/referee.py FOLDER --budget 4GiB 2.5GiB minimum
 
 FOLDER gets a checkpoint of random weights if it has none (6.5 GB, one minute). Each budget runs in
 a child of its own with RLIMIT_DATA of the budget plus what a bare child takes that imports the
@@ -25,15 +25,25 @@ from typing import Any
 
 from quantize_memory import watched
 
+from lowvram.checkpoint import resolve
+from lowvram.conversation import MediaSettings, measure
 from lowvram.errors import DoesNotFitError
 from lowvram.offload import format_size, parse_size
+from lowvram.planner import model_facts, plan_request
+from lowvram.settings import GenerationSettings
 
 MODEL = "Qwen2.5-Omni-3B-AWQ"
 QUESTION = "What do you hear, what do you see, and what would you rather do today?"
+ASKED = [{"role": "user", "content": QUESTION}]
+MINIMUM = "minimum"
+GROWTH_BYTES = 16 << 20
+"""What the interpreter may take on top of its share while a request of the least budget runs: the
+budget is lowered to what the limit leaves, and the least cannot be lowered."""
 RESULTS = Path(__file__).parent / "results"
 
-MALLOC = {"MALLOC_ARENA_MAX": "1"}
-"""One heap for all threads: what one of them frees, the others can use."""
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""One heap for all threads: what one of them frees, the others can use. And none of it for a MiB or
+more: such memory goes back to the system when it is freed, instead of leaving holes in the heap."""
 
 
 def started(folder: Path) -> None:
@@ -42,7 +52,6 @@ def started(folder: Path) -> None:
     from torch.nn import functional
 
     import lowvram.omni  # noqa: F401
-    from lowvram.checkpoint import resolve
 
     checkpoint = resolve(folder)
     checkpoint.verify()
@@ -67,12 +76,11 @@ def work(folder: Path, budget: int, limit: int, tokens: int, seconds: float) -> 
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     from lowvram import LowVRAMOmni
 
-    question = [{"role": "user", "content": QUESTION}]
     with LowVRAMOmni.from_pretrained(folder, max_memory=budget, device="cpu") as omni:
         options: Any = {"max_new_tokens": tokens, "max_speech_seconds": seconds}
-        plan = omni.plan(question, **options)
+        plan = omni.plan(ASKED, **options)
         try:
-            result = omni.generate(question, **options)
+            result = omni.generate(ASKED, **options)
         except DoesNotFitError as error:
             return {"fits": False, "error": str(error), "plan": plan.to_json()}
         report = result.report
@@ -99,6 +107,22 @@ def work(folder: Path, budget: int, limit: int, tokens: int, seconds: float) -> 
             "bytes_read": report.bytes_host_to_device,
             "notes": list(report.notes),
         }
+
+
+def least(folder: Path, tokens: int, seconds: float) -> int:
+    """The smallest budget for that reply, by the plan."""
+    checkpoint = resolve(folder)
+    shape = measure(
+        ASKED,
+        tokenizer=checkpoint.tokenizer(),
+        config=checkpoint.config.thinker,
+        settings=MediaSettings(),
+        speech=True,
+        preprocessor=checkpoint.preprocessor,
+    )
+    checkpoint.store.close()
+    settings = GenerationSettings(max_new_tokens=tokens, max_speech_seconds=seconds)
+    return plan_request(model_facts(checkpoint), shape, settings, device="cpu").minimum_budget_bytes
 
 
 def _vm_data() -> int:
@@ -172,7 +196,10 @@ def main() -> int:
     share_bytes = int(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
     rows = []
     for budget in given.budget:
-        size = parse_size(budget)
+        if budget == MINIMUM:
+            size = least(given.folder, given.max_tokens, given.max_speech) + GROWTH_BYTES
+        else:
+            size = parse_size(budget)
         rows.append(judged(given.folder, size, share_bytes, given.max_tokens, given.max_speech))
         print(shown(rows[-1], share_bytes), flush=True)
     today = datetime.date.today().isoformat()
