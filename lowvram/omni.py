@@ -323,7 +323,7 @@ class LowVRAMOmni:
             head_error=run.head_error,
             model=plan.model,
             device=plan.device,
-            notes=tuple(run.context.notes),
+            notes=(*self._loader.notes, *run.context.notes),
             history=history_of(self._meter.timeline),
         )
 

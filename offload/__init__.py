@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .loader import Loader
     from .meter import Meter, PhaseMeasure, TimelinePoint
     from .part import Part
+    from .pinned import pin, pinned_bytes
     from .placement import Placement, blob_bytes
     from .probe import (
         DeviceInfo,
@@ -55,6 +56,8 @@ __all__ = [
     "out_of_memory",
     "parse_device",
     "parse_size",
+    "pin",
+    "pinned_bytes",
     "torch_dtype",
 ]
 
@@ -67,6 +70,7 @@ _HOME = {
     "loader": ("Loader",),
     "meter": ("Meter", "PhaseMeasure", "TimelinePoint"),
     "part": ("Part",),
+    "pinned": ("pin", "pinned_bytes"),
     "placement": ("Placement", "blob_bytes"),
     "probe": ("DeviceInfo", "default_device", "defer_npu_autoload", "devices", "parse_device"),
     "store": ("Store", "TensorInfo", "torch_dtype"),

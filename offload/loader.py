@@ -27,7 +27,7 @@ from .slabs import Slabs
 from .staging import Staging
 from .store import Store
 from .stream import UnitStream
-from .supply import Supply
+from .supply import Supply, first_line
 
 
 @dataclass
@@ -174,8 +174,14 @@ class Loader:
         return self._store is not None and self._device.type != "meta"
 
     def _staged(self, store: Store) -> Staging | None:
+        """The pinned buffers of loads; None where there is no need of any, or none to be had."""
         if self._staging is None and self._lane is not None:
-            self._staging = Staging(store, self._lane)
+            try:
+                self._staging = Staging(store, self._lane)
+            except (RuntimeError, MemoryError) as error:
+                self._supply.note(
+                    f"no host memory could be pinned, so modules load slowly ({first_line(error)})"
+                )
         return self._staging
 
     def drop(self, name: str) -> None:

@@ -73,25 +73,28 @@ class Supply:
         self.forget(name, lane)
         wanted, free = pinned_bytes(sizes), host_memory()[1]
         if wanted + HOST_RESERVE > free:
-            self._note(name, wanted, "more of the host's memory than is free")
+            self._no_masters(name, wanted, "more of the host's memory than is free")
             return None
         try:
             masters = pin(lane, sizes)
         except (RuntimeError, MemoryError) as error:
-            self._note(name, wanted, _first_line(error))
+            self._no_masters(name, wanted, first_line(error))
             return None
         for reader, master in zip(readers, masters, strict=True):
             reader.read(master)
         self._masters[name] = streamed, masters
         return masters
 
-    def _note(self, name: str, wanted: int, reason: str) -> None:
-        note = (
+    def _no_masters(self, name: str, wanted: int, reason: str) -> None:
+        self.note(
             f"{name}: its streamed units are read from the file again and again, since "
             f"{format_size(wanted)} of pinned host memory could not be had ({reason})"
         )
-        if note not in self.notes:
-            self.notes.append(note)
+
+    def note(self, text: str) -> None:
+        """Say something about host memory, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _ring(self, name: str, sizes: Sequence[int], lane: CopyLane) -> list[torch.Tensor]:
         try:
@@ -99,7 +102,7 @@ class Supply:
         except (RuntimeError, MemoryError) as error:
             raise DeviceError(
                 f"no {format_size(pinned_bytes(sizes))} of pinned host memory could be had to "
-                f"stream {name} to {self._device.name} ({_first_line(error)}); free host memory, "
+                f"stream {name} to {self._device.name} ({first_line(error)}); free host memory, "
                 "raise the container's or user's limit (ulimit -l), or give a larger budget so "
                 "that nothing streams"
             ) from error
@@ -116,5 +119,6 @@ class Supply:
             lane.trim_host()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

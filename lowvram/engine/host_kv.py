@@ -12,15 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lowvram.errors import DeviceError
 from lowvram.models.kv_cache import KVCache
-from lowvram.offload import CopyLane, Device, Mark
+from lowvram.offload import CopyLane, Device, Mark, format_size, pin
 
 
 class HostKVCache:
     """Stands in for `KVCache`; `at` brings a layer's rows to the device before it is computed.
 
-    On the host `[layers, 2, batch, kv_heads, max_tokens, head_dim]`, pinned where the device has a
-    lane for copies; on the device two such layers. `nbytes` and `data` are those on the device.
+    On the host `layers` times `[2, batch, kv_heads, max_tokens, head_dim]`, pinned where the device
+    has a lane for copies; on the device two of these. `nbytes` and `data` are those on the device.
     """
 
     def __init__(
@@ -38,18 +39,27 @@ class HostKVCache:
         self._lane: CopyLane | None = device.copy_lane()
         # As a cache of two layers, so that every write is checked and viewed in one place.
         self._buffers = KVCache(2, *shape, dtype, device.torch)
-        self._host = self._waiting((layers, 2, *shape), dtype)
+        self._host = self._waiting(layers, (2, *shape), dtype)
         self._layers = layers
         self._slot = 0  # the buffer of the layer at hand
         self._busy: list[Mark | None] = [None, None]  # behind the last copy of each buffer
         self._coming: tuple[int, int] | None = None  # (layer, rows) on its way to the other buffer
         self._new = range(0)  # rows of the layer at hand that were written
 
-    def _waiting(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _waiting(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Memory for every layer's keys and values, each of `shape`."""
         if self._lane is None:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(layers)]
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        return self._lane.host_buffer(nbytes).view(dtype).view(shape)
+        try:
+            buffers = pin(self._lane, [nbytes] * layers)
+        except (RuntimeError, MemoryError) as error:
+            raise DeviceError(
+                f"no {format_size(layers * nbytes)} of pinned host memory could be had for the "
+                f"keys and values of {shape[-2]} tokens ({str(error).splitlines()[0][:160]}); free "
+                "host memory, or give a larger budget so that they stay on the device"
+            ) from error
+        return [buffer.view(dtype).view(shape) for buffer in buffers]
 
     @property
     def max_tokens(self) -> int:
@@ -143,5 +153,7 @@ class HostKVCache:
             if mark is not None:
                 mark.synchronize()
         self._buffers.free()
-        self._host = self._host.new_empty(0)
+        self._host = []
         self._busy, self._coming = [None, None], None
+        if self._lane is not None:
+            self._lane.trim_host()

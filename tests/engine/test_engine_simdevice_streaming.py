@@ -13,7 +13,7 @@ import simdevice as sim
 import torch
 from simdevice import simulated
 
-from lowvram import LowVRAMOmni, Result
+from lowvram import DeviceError, LowVRAMOmni, Result
 from lowvram.models import attention as attention_module
 from lowvram.offload import Placement
 from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
@@ -110,5 +110,36 @@ def test_a_cache_on_the_host_needs_each_of_its_waits(
     def inside() -> None:
         check(folder, wanted, streaming("pinned", 100, "host"))
         assert sim.races() != []
+
+    inside()
+
+
+@pytest.mark.parametrize("kv", ["device", "host"])
+def test_host_memory_that_cannot_be_pinned_costs_speed_or_is_told(
+    kv: str, folder: Path, wanted: Result
+) -> None:
+    """Each pinned allocation of a request fails in turn."""
+
+    @simulated
+    def inside() -> None:
+        seen = set()
+        for n in range(1, 12):
+            sim.reset()
+            sim.configure(limit=8 << 30, context=FALLBACK_CONTEXT_BYTES)
+            with opened(folder, "npu", streaming("pinned", 2, kv)) as omni:
+                sim.fail_allocation(n, pinned=True)
+                try:
+                    reply = omni.generate(WORDS, **SHORT)
+                except DeviceError as error:
+                    assert "of pinned host memory could be had for the keys" in str(error)
+                    seen.add("refused")
+                else:
+                    assert (reply.tokens, reply.codes) == (wanted.tokens, wanted.codes)
+                    seen.add("slower" if reply.report.notes else "planned")
+                sim.reset()
+                assert omni.generate(WORDS, **SHORT).codes == wanted.codes
+            assert sim.races() == []
+            assert sim.live_bytes() == sim.pinned_bytes() == 0
+        assert seen == {"slower", "planned"} | ({"refused"} if kv == "host" else set())
 
     inside()
