@@ -250,15 +250,7 @@ def resolve(model: str | Path, *, offline: bool = False) -> Checkpoint:
         CheckpointError: nothing is found, or what is found cannot be read.
     """
     folder = _find(model, offline)
-    raw = _read_json(folder / "config.json")
-    try:
-        config = OmniConfig.from_dict(raw)
-        if config.quant is None and (old := folder / "quant_config.json").exists():
-            config = replace(config, quant=QuantConfig.from_dict(_read_json(old)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} cannot be understood ({error}); download it again"
-        ) from error
+    raw, config = read_config(folder / "config.json")
     store = Store.open(folder)
     held = {name.partition(".")[0] for name in store.names()}
     if not held.issuperset(SPEECH_PARTS):
@@ -270,6 +262,25 @@ def resolve(model: str | Path, *, offline: bool = False) -> Checkpoint:
         store.close()
         raise
     return checkpoint
+
+
+def read_config(file: Path) -> tuple[dict[str, Any], OmniConfig]:
+    """A `config.json`, and what it means together with an old `quant_config.json` beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model.
+    """
+    raw = _read_json(file)
+    try:
+        config = OmniConfig.from_dict(raw)
+        old = file.with_name("quant_config.json")
+        if config.quant is None and old.exists():
+            config = replace(config, quant=QuantConfig.from_dict(_read_json(old)))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be understood ({error}); download it again"
+        ) from error
+    return raw, config
 
 
 def _find(model: str | Path, offline: bool) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +37,13 @@ def is_hub_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None and not name.startswith(".")
 
 
-def download(hub_id: str, *, offline: bool) -> Path:
-    """The folder of a hub checkpoint in the client's cache, downloaded unless `offline`.
+CONFIG_FILES = ("config.json", "quant_config.json")
+"""What a plan can be made from."""
+
+
+def download(hub_id: str, *, offline: bool, files: Sequence[str] = FILES) -> Path:
+    """The folder of a hub checkpoint in the client's cache, its `files` downloaded unless
+    `offline`.
 
     Raises:
         CheckpointError: it is unknown, not open to everyone, not in the cache, or out of reach.
@@ -52,7 +57,7 @@ def download(hub_id: str, *, offline: bool) -> Path:
 
     try:
         with _bars_only_on_a_terminal():
-            path = snapshot_download(hub_id, allow_patterns=list(FILES), local_files_only=offline)
+            path = snapshot_download(hub_id, allow_patterns=list(files), local_files_only=offline)
     except GatedRepoError as error:
         raise CheckpointError(
             f"{hub_id} is not open to everyone: accept its terms on huggingface.co, log in with "

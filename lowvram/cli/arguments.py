@@ -75,6 +75,8 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
         _add_place(parser)
         _add_reply(parser)
         _add_media(parser)
+    if verb == "plan":
+        _add_lengths(parser)
     if verb == "run":
         _add_output(parser, "where the speech goes; - is stdout (default: lowvram.wav)")
     if verb == "chat":
@@ -266,6 +268,22 @@ def _add_media(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-audio-in-video", action="store_true", help="leave the sound of a video out"
     )
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("lengths, in place of a question and its media")
+    for kind in ("video", "audio"):
+        group.add_argument(
+            f"--{kind}-seconds",
+            type=_number,
+            metavar="S",
+            help=f"as if there were {kind} of that length"
+            + (" with sound: 781 tokens a second" if kind == "video" else ": 25 tokens a second"),
+        )
+    group.add_argument(
+        "--images", type=int, metavar="N", help="as if there were N pictures of 756 tokens"
+    )
+    group.add_argument("--prompt-tokens", type=int, metavar="N", help="as if the text had N tokens")
 
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:

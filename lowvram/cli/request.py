@@ -112,6 +112,10 @@ class Request:
             checkpoint.check_speaker(self.options["speaker"])
         return replace(self, speech=speech)
 
+    def speaking(self, can: bool) -> Request:
+        """The same request with speech only where the model can speak."""
+        return replace(self, speech=self.speech and can)
+
 
 def read_request(args: Namespace) -> Request:
     """What the flags ask for; `content` is empty where they ask nothing.

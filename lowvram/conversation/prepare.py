@@ -16,6 +16,7 @@ from lowvram.conversation.audio import (
     sound_track_frames,
 )
 from lowvram.conversation.image import image_size, load_image
+from lowvram.conversation.imagined import most_tokens, shape_of
 from lowvram.conversation.mel import log_mel
 from lowvram.conversation.messages import (
     Media,
@@ -96,8 +97,7 @@ def measure(
         UsageError, MediaError, CheckpointError: as `prepare`, as far as headers show it.
     """
     parsed = _parse(messages, settings, speech)
-    pixels = _formats(preprocessor, config)
-    shapes = [_measure(media, pixels) for media in media_of(parsed)]
+    shapes = _media_shapes(parsed, config, preprocessor)
     layout = lay_out(parsed, shapes, tokenizer, config)
     return PromptShape(
         tokens=len(layout.ids),
@@ -105,6 +105,18 @@ def measure(
         grids=tuple(shape.grid for shape in shapes if shape.grid is not None),
         audio_frames=tuple(s.audio_frames for s in shapes if s.audio_frames is not None),
     )
+
+
+def measure_without_tokenizer(
+    messages: object, *, config: ThinkerConfig, settings: MediaSettings, speech: bool
+) -> PromptShape:
+    """As `measure`, with every byte of text taken for a token: never less than that gives.
+
+    Raises:
+        UsageError, MediaError: as `measure`.
+    """
+    parsed = _parse(messages, settings, speech)
+    return shape_of(_media_shapes(parsed, config, None), most_tokens(parsed), config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +129,13 @@ class _Loaded:
 def _parse(messages: object, settings: MediaSettings, speech: bool) -> tuple[Message, ...]:
     parsed = parse_messages(messages, settings)
     return with_speech_prompt(parsed) if speech else parsed
+
+
+def _media_shapes(
+    parsed: tuple[Message, ...], config: ThinkerConfig, preprocessor: Mapping[str, Any] | None
+) -> list[MediaShape]:
+    pixels = _formats(preprocessor, config)
+    return [_measure(media, pixels) for media in media_of(parsed)]
 
 
 def _formats(preprocessor: Mapping[str, Any] | None, config: ThinkerConfig) -> PixelFormat:

@@ -46,8 +46,8 @@ class Plan:
     `unused`. `placements` has what is streamed, part by part; `chunks` the prompt tokens that go
     through a decoder at a time ("text", "talker"); `kv` where keys and values wait ("thinker",
     "talker"). `host_bytes` is the host memory it takes besides the interpreter's: copies of
-    streamed layers, keys and values, prompt embeddings and states. `fits` means predicted peak +
-    guard <= budget.
+    streamed layers, keys and values, prompt embeddings and states. `knobs` has the smallest budget
+    with each change that would need less, by flag. `fits` means predicted peak + guard <= budget.
     """
 
     fits: bool
@@ -68,6 +68,7 @@ class Plan:
     chunks: Mapping[str, int] = field(default_factory=dict)
     kv: Mapping[str, Literal["device", "host"]] = field(default_factory=dict)
     host_bytes: int = 0
+    prompt_tokens: int = 0
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name; an interleaved one is named by its parts joined with `+`."""
@@ -91,9 +92,13 @@ class Plan:
             f"does not fit in {format_size(self.budget_bytes)}: {peak.name} needs "
             f"{format_size(peak.predicted_peak_bytes)} and a guard of "
             f"{format_size(self.guard_bytes)}; the smallest budget that would do is "
-            f"{format_size(self.minimum_budget_bytes)}"
-            + "".join(f"; with {knob} {format_size(size)}" for knob, size in self.knobs.items())
+            f"{format_size(self.minimum_budget_bytes, round_up=True)}"
+            + "".join(self._effect(knob, size) for knob, size in self.knobs.items())
         )
+
+    def _effect(self, knob: str, size: int) -> str:
+        saved = format_size(self.minimum_budget_bytes - size)
+        return f"; with {knob} {format_size(size, round_up=True)} ({saved} less)"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names above; bytes are integers."""

@@ -7,10 +7,11 @@ for what everything holds, `seconds.py` for how long it takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lowvram.conversation import PromptShape
 from lowvram.errors import UsageError
-from lowvram.offload import Budget, Placement, host_memory
+from lowvram.offload import Budget, Placement, format_size, host_memory
 from lowvram.planner.choices import MODULES, Choice, Choices
 from lowvram.planner.device import (
     DeviceFacts,
@@ -48,14 +49,37 @@ def plan_request(
 ) -> Plan:
     """The plan for a request on a device that need not be opened, nor even be present.
 
+    Without a budget it gets what is free on the device; on one that is not there, what it takes
+    for everything to stay.
+
     Raises:
         UsageError: an unknown device, type, option or size; a prompt beyond the model's window.
-        DeviceError: an absent device and no budget.
     """
     facts = probe_device(device)
-    budget = decide_budget(max_memory, facts)
     chosen = resolve_dtype(dtype, model.stored_dtype, facts, packed=bool(model.packed))
-    return make_plan(model, shape, settings, facts=facts, budget=budget, dtype=chosen, allow=allow)
+
+    def plan(budget: Budget, on_device: frozenset[str] = frozenset()) -> Plan:
+        return make_plan(
+            model,
+            shape,
+            settings,
+            facts=facts,
+            budget=budget,
+            dtype=chosen,
+            allow=allow,
+            on_device=on_device,
+        )
+
+    if max_memory is not None or facts.free_bytes is not None or facts.type == "meta":
+        return plan(decide_budget(max_memory, facts))
+    every = plan(decide_budget(ENDLESS, facts), frozenset(MODULES))
+    enough = minimum_budget(every.predicted_peak_bytes)
+    found = plan(decide_budget(enough, facts))
+    why = (
+        f"no budget was given and {facts.name} is not here to be asked: planned for "
+        f"{format_size(enough)}, with which everything stays"
+    )
+    return replace(found, reasons=(*found.reasons, why))
 
 
 def make_plan(
@@ -125,9 +149,13 @@ def make_plan(
         placements=_placements(choices, choice),
         chunks={part: option.chunk for part, option in choice.options.items()},
         kv={KV_NAMES[part]: option.kv for part, option in choice.options.items()},
+        prompt_tokens=shape.tokens,
         host_bytes=copies_bytes(choice, choices.source) + waiting_bytes(choices.request, choice),
     )
 
+
+ENDLESS = 2**50
+"""More bytes than any device has."""
 
 KV_NAMES: dict[Part, str] = {"text": "thinker", "talker": "talker"}
 

@@ -23,7 +23,7 @@ REQUEST = f"{QUESTION} {PLACE} {REPLY} {MEDIA} --verbose --help"
 FLAGS = {
     "run": f"{REQUEST} --output --report --json --quiet",
     "chat": f"{REQUEST} --output --report --quiet",
-    "plan": f"{REQUEST} --json",
+    "plan": f"{REQUEST} --json --video-seconds --audio-seconds --images --prompt-tokens",
     "doctor": "--model --offline --json --verbose --help",
     "bench": "--model --device --threads --allow --video-seconds --json --quiet --verbose --help",
 }
