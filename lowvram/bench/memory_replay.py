@@ -1,7 +1,7 @@
 """Layers that do the same again take the same memory again, without describing every operation.
 
 On `meta` an operation costs no less time than on a device, since torch describes its result in
-Python. A long prompt repeats the same few calls thousands of times: each is run three times in a
+Python. A long prompt repeats the same few calls thousands of times: each is run twice in a
 phase, and from then on only takes the memory that it took, at its peak and for its result.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from lowvram.offload import Meter, open_device
 
-RUNS = 3
-"""Calls of a kind that are run in each phase: the last of them finds all that the first ones leave
-to be used again (the place of de-quantized weights) already there."""
+RUNS = 2
+"""Calls of a kind that are run in each phase. The least that one of them takes counts: others may
+also make what is left to be used again (the place of de-quantized weights), which is there then."""
 
 
 @dataclass
 class _Call:
-    """One kind of call: how often it was run, the most it took, and how to make its result."""
+    """One kind of call: how often it was run, what it takes, and how to make its result."""
 
     runs: int = 0
     peak: int = 0
@@ -73,8 +73,9 @@ def _run(call: _Call, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any
     meter = Meter(open_device("meta"))
     with meter.phase("call"):
         out = forward(*args)
+    peak = meter.phases[0].peak_bytes
+    call.peak = min(call.peak, peak) if call.runs else peak
     call.runs += 1
-    call.peak = meter.phases[0].peak_bytes
     call.result = _again(out, args)
     return out
 
