@@ -25,9 +25,9 @@ from lowvram.offload import Loader, Meter, PhaseMeasure, open_device
 from lowvram.parts import build_parts
 from lowvram.planner import ModelFacts, Plan, config_facts, plan_mode
 from lowvram.planner.device import ASSUMED_CONTEXT_BYTES
+from lowvram.planner.modes import Mode as EngineMode
 from lowvram.settings import GenerationSettings
 
-EngineMode = Literal["resident", "kv-host", "minimum"]
 Mode = Literal["stock"] | EngineMode
 MODES: tuple[Mode, ...] = ("stock", *get_args(EngineMode))
 """The official demo on stock transformers; every layer of the Thinker stays; its keys and values
@@ -42,7 +42,8 @@ class Case:
     """One mode over one length of video. Peaks are in bytes.
 
     `reference_bytes` is the published peak of the official demo, None where there is none;
-    `phase` is that of the measured peak, and `parts` who holds what then.
+    `budget_bytes` the smallest budget (the guard included) for that mode of ours; `phase` is that
+    of the measured peak, and `parts` who holds what then.
     """
 
     video_seconds: int
@@ -51,6 +52,7 @@ class Case:
     measured_peak_bytes: int
     predicted_peak_bytes: int
     reference_bytes: int | None
+    budget_bytes: int | None = None
     phase: str
     parts: Mapping[str, int]
 
@@ -122,6 +124,7 @@ def _our_case(
         measured_peak_bytes=ASSUMED_CONTEXT_BYTES + peak.peak_bytes,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reference_bytes=reference,
+        budget_bytes=plan.budget_bytes,
         phase=peak.name,
         parts={"context": ASSUMED_CONTEXT_BYTES, **peak.peak_by_owner},
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lowvram.bench.memory_table import markdown_table, memory_table
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "benchmarks" / "results" / "memory-2026-11-21.json"
 
 
 def case(seconds: int, mode: str, measured: float, reference: float | None = None) -> Any:
@@ -49,3 +53,12 @@ def test_the_readme_s_table_is_markdown() -> None:
     assert {row.count("|") for row in rows} == {8}
     assert rows[2] == "| 15 s | 11,715 | 11.77 | 11.40 | 5.40 | - | - |"
     assert rows[-1] == "| each further token |  |  | 554.9 KiB | 55.2 KiB |  |  |"
+
+
+def test_the_readme_s_table_is_that_of_the_measured_cases() -> None:
+    cases = json.loads(MEASURED.read_text(encoding="utf-8"))
+    assert markdown_table(cases) in (ROOT / "README.md").read_text(encoding="utf-8")
+    peaks = {(c["video_seconds"], c["mode"]): c["measured_peak_bytes"] / GIB for c in cases}
+    promised = {15: 6.0, 30: 6.8, 60: 8.0}
+    assert all(peaks[length, "resident"] <= most for length, most in promised.items())
+    assert peaks[60, "minimum"] <= 3.0
