@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from .ahead import ReadAhead
 from .blob import Blob
 from .device import Device
 from .feed import Feed
@@ -58,6 +59,7 @@ class Loader:
         self._lane: CopyLane | None = None
         self._staging: Staging | None = None
         self._supply = Supply(store, device)
+        self._ahead = ReadAhead()
         self._bytes_resident = self._bytes_streamed = 0
         if store is None and device.type != "meta":
             raise ValueError(f"a loader on {device.name} needs a store to load from")
@@ -184,6 +186,12 @@ class Loader:
                 )
         return self._staging
 
+    def expect(self, name: str) -> None:
+        """The part will be loaded soon: have the system read it from the disk meanwhile."""
+        if self._store is not None and self._reads and name not in self._loaded:
+            stored = {slot.stored for slot in self._skeleton(name).slots}
+            self._ahead.begin(self._store.info(each) for each in stored if self._store.has(each))
+
     def drop(self, name: str) -> None:
         """Free the part's memory; the module stays, on meta. Nothing happens if it is not there."""
         one = self._loaded.get(name)
@@ -239,6 +247,7 @@ class Loader:
 
     def close(self) -> None:
         """Drop every part and all host memory. The store stays open: it is its owner's."""
+        self._ahead.end()
         for name in self.resident():
             self.drop(name)
         self._staging = None

@@ -69,11 +69,20 @@ class Context:
         try:
             module = Ladder(self, part).climb(lambda: self.load(part))
             assert isinstance(module, kind)
+            self._look_ahead(part)
             yield module
         finally:
             self._using.discard(part)
             if part in self.placements or not self.plan.resident(part):
                 self.loader.drop(part)
+
+    def _look_ahead(self, part: str) -> None:
+        """Have what the next phase loads read from the disk while this one computes."""
+        last = max(i for i, row in enumerate(self.plan.phases) if part in row.modules)
+        for row in self.plan.phases[last + 1 :][:1]:
+            for name in row.modules:
+                if not self.loader.is_resident(name):
+                    self.loader.expect(name)
 
     def load(self, part: str) -> nn.Module:
         """The part in its present placement; nothing is done if it is there."""

@@ -24,7 +24,7 @@ from lowvram import (
 from lowvram.engine import run
 from lowvram.engine.vocode import SpeechStream
 from lowvram.models.text import ThinkerText
-from lowvram.offload import Store, TensorInfo
+from lowvram.offload import Loader, Store, TensorInfo
 from lowvram.parts import Kernel
 from lowvram.pocket import make_checkpoint
 
@@ -311,3 +311,14 @@ def test_the_plan_before_is_the_plan_of_the_run(omni: LowVRAMOmni) -> None:
         row.name: row.predicted_peak_bytes for row in report.phases
     }
     assert report.bytes_host_to_device == plan.bytes_to_move
+
+
+def test_the_next_phase_is_read_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[str] = []
+    monkeypatch.setattr(Loader, "expect", lambda self, name: expected.append(name))
+    with LowVRAMOmni.from_pretrained(folder, device="cpu") as omni:
+        omni.generate(EVERYTHING, **SHORT)
+        first, expected[:] = list(expected), []
+        omni.generate(EVERYTHING, **SHORT)
+    assert first == ["audio", "text", "talker", "token2wav"][: len(first)] and len(first) >= 3
+    assert expected == []  # all stay, so there is nothing to read
