@@ -356,6 +356,7 @@ def test_an_accelerator_s_own_statistics_are_its_peaks() -> None:
     assert decode.peak_by_owner == {"context": 100, "weights": 1000, "activations": 5}
     assert decode.peak_bytes == 1105
     assert card.synchronized == 4  # entries 1, 2, 3, 4
+    assert max(sum(point.bytes_by_owner.values()) for point in meter.timeline) == 1105
 
 
 def test_owners_that_claim_more_than_the_device_saw_are_believed() -> None:
