@@ -15,7 +15,7 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
 }
 """Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied."""
 
-TAKEN_PER_WEIGHT: dict[KernelName, int] = {"reference": 9, "cpu": 3, "tinygemm": 7}
+TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "tinygemm": 7}
 """Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too."""
 
 
@@ -57,9 +57,15 @@ def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "re
     return weights + groups * outputs * 4
 
 
-def scratch_bytes(inputs: int, outputs: int, kernel: KernelName = "reference") -> int:
+def scratch_bytes(
+    inputs: int, outputs: int, kernel: KernelName = "reference", group: int = 32
+) -> int:
     """Bytes that a linear takes besides its weights and its result, in any phase: what it needs to
-    de-quantize one piece, or the fewest columns there can be."""
+    de-quantize one piece, or the fewest columns there can be. `group` inputs share a scale."""
+    if kernel == "reference":
+        columns = min(outputs, max(PIECE_WEIGHTS[kernel] // inputs // 8, 1) * 8)
+        # Integers and fp32 of every weight, and of every zero point.
+        return 8 * (inputs + inputs // group) * columns + 512
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     return TAKEN_PER_WEIGHT[kernel] * piece + 4096
 

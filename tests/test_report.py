@@ -190,7 +190,7 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         write_report(report(HISTORY), tmp_path / "folder.json")
 
 
-ASK = ["-q", "-p", "hi", "--device", "cpu", "--max-tokens", "4", "--max-speech", "0.3"]
+ASK = ["-q", "-p", "hi", "--device", "cpu", "--max-tokens", "4", "--max-speech", "1.3"]
 
 
 def test_run_writes_its_report(tmp_path: Path, capsys: Any) -> None:

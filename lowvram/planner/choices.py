@@ -144,10 +144,16 @@ class Choices:
                 if self.vocode is None:
                     yield self._choice(resident, False, think, None)
                     continue
-                for interleaved in (True, False):
+                for interleaved in (True, False) if self._can_interleave else (False,):
                     talk = self._talking(room, resident, interleaved, chunks)
                     if talk is not None:
                         yield self._choice(resident, interleaved, think, talk)
+
+    @property
+    def _can_interleave(self) -> bool:
+        """Shorter speech, or speech made in one piece, is vocoded when the Talker is done."""
+        settings = self.request.settings
+        return not settings.whole_speech and settings.codes >= FIRST_CODES
 
     def _thinking(
         self, room: int, resident: frozenset[Part], limits: Limits, chunks: Sequence[int]

@@ -14,7 +14,7 @@ from lowvram.planner.kernels import FLOAT, Kernels
 CHUNKS = (512, 256, 128, 64)
 """Prompt tokens that may go through a layer at once."""
 
-SMALL = 4 * 1024
+SMALL = 2 * 1024
 """Vectors and scalars that no law counts, at most."""
 
 
@@ -129,6 +129,11 @@ def prefill_bytes(
     return max(layer, rows * width + logits_bytes(config, itemsize, by_layers)) + SMALL
 
 
+def drawing_bytes(config: DecoderConfig, kernels: Kernels) -> int:
+    """Drawing a token: what the sampler makes, and logits that wait from before."""
+    return (kernels.sampling + kernels.waiting * FLOAT) * config.vocab_size + SMALL
+
+
 def decode_bytes(
     config: DecoderConfig,
     context: int,
@@ -143,8 +148,8 @@ def decode_bytes(
         width + layer_bytes(config, 1, context, itemsize, kernels),
         width + logits_bytes(config, itemsize, by_layers),
     )
-    drawing = kernels.sampling * config.vocab_size
-    return max(step, drawing) + kernels.waiting * config.vocab_size * FLOAT + SMALL
+    waiting = kernels.waiting * config.vocab_size * FLOAT
+    return max(step + waiting + SMALL, drawing_bytes(config, kernels))
 
 
 def talk_bytes(

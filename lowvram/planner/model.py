@@ -201,12 +201,13 @@ class ModelFacts:
         return Unit(held, blob_bytes(blob), packed)
 
     def _largest_of_blocks(self, kernel: KernelName, cost: _BlockCost) -> int:
-        """The largest cost of any packed linear; those of one block and input may be joined."""
+        """The largest cost of any packed linear; those of one block and input may be joined, but
+        by kernels that gain from it."""
         group = self.config.quant.group_size if self.config.quant else 1
         joined: dict[tuple[str, int], int] = {}
         for name, (inputs, outputs, _) in self._linears.items():
             if name in self.packed:
-                block = name.rpartition(".")[0], inputs
+                block = name if kernel == "reference" else name.rpartition(".")[0], inputs
                 joined[block] = joined.get(block, 0) + outputs
         shapes = {(inputs, outputs) for (_, inputs), outputs in joined.items()}
         return max((cost(i, o, group, kernel) for i, o in shapes), default=0)
@@ -229,7 +230,7 @@ _BlockCost = Callable[[int, int, int, KernelName], int]
 
 
 def _scratch(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
-    return scratch_bytes(inputs, outputs, kernel)
+    return scratch_bytes(inputs, outputs, kernel, group)
 
 
 def _loading(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:

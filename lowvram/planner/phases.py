@@ -155,14 +155,16 @@ class Request:
             activations=work,
             loading=max(sizes.loading, self.reading("text")),
         )
+        steps = self.settings.tokens > 1  # the last token is drawn and goes no further
         context = tokens + self.settings.tokens
+        step = laws.decode_bytes(text, context, size, self.kernels, by_layers=by_layers)
         decode = PhaseLoad(
             name="decode",
             modules=("text",),
             kv=held,
-            workspace=scratch,
+            workspace=scratch if steps else 0,
             carry=self._carry,
-            activations=laws.decode_bytes(text, context, size, self.kernels, by_layers=by_layers),
+            activations=step if steps else laws.drawing_bytes(text, self.kernels),
         )
         return [prefill, decode]
 

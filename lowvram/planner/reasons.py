@@ -96,7 +96,7 @@ def _speech(choices: Choices, choice: Choice) -> Iterator[str]:
     else:
         yield (
             "speech is vocoded after all codes are drawn: Talker and vocoder "
-            f"({both}) together would not fit, or would be slower"
+            f"({both}) together would not fit, or would gain nothing"
         )
 
 
@@ -116,9 +116,13 @@ def _times(choices: Choices, choice: Choice, rows: Sequence[PhasePlan]) -> Itera
     if choice.talk is not None:
         codes = expected_codes(choices.request)
         yield (
-            f"the first sound after about {choice.first_sound:.2g} s, the last after "
-            f"{choice.seconds:.2g} s, for {codes / 50:g} s of speech"
+            f"the first sound after about {_about(choice.first_sound)} s, the last after "
+            f"{_about(choice.seconds)} s, for {codes / 50:g} s of speech"
         )
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
 def _later(

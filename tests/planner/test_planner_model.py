@@ -83,6 +83,25 @@ def test_units_are_layers_then_pieces_of_the_head() -> None:
     assert not facts.part_sizes("visual", 2).units
 
 
+def test_a_blob_is_laid_out_as_the_loader_lays_it_out(packed: Checkpoint) -> None:
+    import torch
+
+    from lowvram.offload import blob_bytes
+    from lowvram.parts import build_parts
+
+    facts = model_facts(packed)
+    for part in build_parts(packed, torch.bfloat16, speech=True, kernel="auto"):
+        units = part.units(part.build())
+        sizes = [
+            blob_bytes(
+                tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize)
+                for tensor in (*unit.parameters(), *unit.buffers())
+            )
+            for unit in units
+        ]
+        assert [unit.blob for unit in facts.part_sizes(part.name, 2).units] == sizes  # type: ignore[arg-type]
+
+
 def test_without_speech_voices_are_not_looked_at(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
     (folder / "spk_dict.pt").unlink()
