@@ -185,10 +185,10 @@ class Choices:
         think: Option,
         talk: Option | None,
     ) -> Choice:
-        held = dict(self.weights) | {"text": think.cut.held}
-        if talk is not None:
-            held["talker"] = talk.cut.held
-        to_load = {m: 0.0 if m in resident else loading(held[m], self.rates) for m in self.used}
+        # What streams is read from the file as well, once.
+        to_load = {
+            m: 0.0 if m in resident else loading(self.weights[m], self.rates) for m in self.used
+        }
         seconds = think.seconds + to_load["text"]
         for phase in self.towers:
             seconds += self.works[phase.name].seconds(self.rates)

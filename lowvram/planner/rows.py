@@ -97,7 +97,8 @@ def _row(
         parts |= {"slabs": slabs, "kv": load.kv, "activations": load.activations}
         parts["workspace"] = library + load.workspace
     loaded = sum(_held(choices, choice, m) for m in brought)
-    loading_s, computing_s = loading(loaded, choices.rates), phase.work.seconds(choices.rates)
+    read = sum(choices.weights[m] for m in brought)  # what streams as well, once
+    loading_s, computing_s = loading(read, choices.rates), phase.work.seconds(choices.rates)
     return PhasePlan(
         name=load.name,
         predicted_peak_bytes=choices.facts.context_bytes + sum(parts.values()),
