@@ -44,7 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """One heap for all threads, and glibc's own first threshold for memory apart from the heap. Left to
 itself it raises the threshold to 32 MiB as such memory is freed, and from then on weights that are
-dropped leave holes in the heap that the system does not get back: 0.3 GiB at a budget of 4 GiB."""
+dropped leave holes in the heap that the system does not get back: 0.3 GiB at a budget of 4 GiB. It
+costs a third of the speed of vocoding, whose activations are then fresh pages every time."""
 
 
 def started(folder: Path) -> None:
@@ -78,7 +79,9 @@ def work(folder: Path, budget: int, limit: int, tokens: int, seconds: float) -> 
     from lowvram import LowVRAMOmni
 
     with LowVRAMOmni.from_pretrained(folder, max_memory=budget, device="cpu") as omni:
-        options: Any = {"max_new_tokens": tokens, "max_speech_seconds": seconds}
+        options: Any = {"max_new_tokens": tokens, "return_audio": seconds > 0}
+        if seconds:
+            options["max_speech_seconds"] = seconds
         plan = omni.plan(ASKED, **options)
         try:
             result = omni.generate(ASKED, **options)
@@ -118,11 +121,13 @@ def least(folder: Path, tokens: int, seconds: float) -> int:
         tokenizer=checkpoint.tokenizer(),
         config=checkpoint.config.thinker,
         settings=MediaSettings(),
-        speech=True,
+        speech=seconds > 0,
         preprocessor=checkpoint.preprocessor,
     )
     checkpoint.store.close()
-    settings = GenerationSettings(max_new_tokens=tokens, max_speech_seconds=seconds)
+    settings = GenerationSettings(
+        speech=seconds > 0, max_new_tokens=tokens, max_speech_seconds=seconds or None
+    )
     return plan_request(model_facts(checkpoint), shape, settings, device="cpu").minimum_budget_bytes
 
 
@@ -170,8 +175,8 @@ def shown(row: dict[str, Any], share_bytes: int) -> str:
     residency = ", ".join(f"{part} {where}" for part, where in row["plan"]["residency"].items())
     return (
         f"{name}{row['reply_tokens']} tokens and {row['audio_seconds']:.2f} s of speech in "
-        f"{row['total_s']:.1f} s (first text {row['first_text_s']:.1f} s, first sound "
-        f"{row['first_audio_s']:.1f} s)\n"
+        f"{row['total_s']:.1f} s (first text {_seconds(row['first_text_s'])}, first sound "
+        f"{_seconds(row['first_audio_s'])})\n"
         f"  predicted peak {format_size(row['predicted_peak_bytes'])}, by our meter "
         f"{format_size(row['measured_peak_bytes'])}, by the system {format_size(own)} and "
         f"{format_size(share_bytes)} of the interpreter, of at most "
@@ -180,12 +185,18 @@ def shown(row: dict[str, Any], share_bytes: int) -> str:
     )
 
 
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1f} s"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help=f"a true-shape {MODEL}; made where it is missing")
     parser.add_argument("--budget", nargs="+", default=["4GiB", "2.5GiB"], metavar="SIZE")
     parser.add_argument("--max-tokens", type=int, default=8)
-    parser.add_argument("--max-speech", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument(
+        "--max-speech", type=float, default=1.0, metavar="SECONDS", help="0: text only"
+    )
     parser.add_argument("--json", type=Path, help="where the numbers go (default: results/)")
     given = parser.parse_args()
     if not (given.folder / "config.json").exists():
