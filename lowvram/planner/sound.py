@@ -24,10 +24,13 @@ def vocode_bytes(
     window, frames = settings.largest_pass(codes, dit.repeats)
     steps = settings.time_points - 1
     # As `field_times` of models/ode.py: neighbouring steps of rk4 share a time.
-    kept = _modulation_bytes(dit, steps if settings.solver == "euler" else 3 * steps + 1)
+    times = steps if settings.solver == "euler" else 3 * steps + 1
+    kept = _modulation_bytes(dit, times)
     mel = (window + frames) * dit.mel_dim * FLOAT
     states = 3 if settings.solver == "euler" else 7
     moments = (
+        # Of two layers at a time, before they are kept.
+        times * (1 + 2 * 6) * dit.hidden_size * FLOAT,
         _voice_bytes(dit, voice_frames),
         mel + _dit_bytes(dit, window, kernels) + states * window * dit.mel_dim * FLOAT,
         mel + _bigvgan_bytes(bigvgan, frames),
@@ -62,13 +65,20 @@ def _dit_bytes(config: DiTConfig, frames: int, kernels: Kernels) -> int:
     # Blocks that look at a neighbour read overlapping windows of keys and values, which are copies.
     seen = 2 if config.look_backward_layers or config.look_ahead_layers else 1
     windows = later * (1 + 2 * seen) * attended + block * attended if later else 0
-    blocks = 2 * max(1, later // max(block, 1))
-    output = (
-        kernels.attention_bytes(block, seen * block, blocks * heads, blocks * heads, dim, FLOAT)
-        // FLOAT
-    )
+    # Those that do not are views, unless a shorter one ends the row.
+    whole = frames // block
+    alike = 3 * whole * block * attended if frames % block and whole > 1 else 0
+
+    def output(blocks: int, keys: int) -> int:
+        rows = 2 * blocks * heads
+        return kernels.attention_bytes(block, keys, rows, rows, dim, FLOAT) // FLOAT
+
     layer = max(
-        2 * frames * (2 * width + 3 * attended) + 2 * windows + output,
+        2 * frames * (2 * width + 3 * attended)
+        + max(
+            2 * windows + output(max(1, later // block), seen * block),
+            2 * alike + output(whole, block),
+        ),
         2 * frames * (3 * width + 4 * attended),
         2 * frames * (2 * width + 2 * inner),
         2 * frames * (3 * width),
