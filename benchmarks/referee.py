@@ -86,11 +86,11 @@ def work(folder: Path, budget: int, limit: int, tokens: int, seconds: float) -> 
         try:
             result = omni.generate(ASKED, **options)
         except DoesNotFitError as error:
-            return {"fits": False, "error": str(error), "plan": plan.to_json()}
+            return {"fits": False, "error": str(error), "plan": plan.to_json() | {"model": MODEL}}
         report = result.report
         return {
             "fits": True,
-            "plan": plan.to_json(),
+            "plan": plan.to_json() | {"model": MODEL},
             "predicted_peak_bytes": plan.predicted_peak_bytes,
             "measured_peak_bytes": report.measured_peak_bytes,
             "phases": [
