@@ -12,7 +12,7 @@ from torch import device as TorchDevice
 
 from lowvram.errors import DeviceError
 
-from . import probe
+from . import heap, probe
 from .accelerator import ACCELERATORS, AcceleratorDevice, cuda_backend, npu_backend
 from .host import host_memory, resident_bytes
 from .lane import CopyLane
@@ -153,6 +153,9 @@ class CpuDevice(MetaDevice):
 
     def allocated_bytes(self) -> int:
         return resident_bytes()
+
+    def empty_cache(self) -> None:
+        heap.trim()
 
     def peak_bytes(self) -> int:
         try:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from . import heap
 from .ahead import ReadAhead
 from .blob import Blob
 from .device import Device
@@ -102,7 +103,8 @@ class Loader:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 self._loaded[name] = one = _Loaded(skeleton, placement)
-                self._fill(name, one)
+                with heap.apart():
+                    self._fill(name, one)
             except BaseException as error:
                 self._device.synchronize()  # no copy may run into memory that is given back
                 clear_frames(error)

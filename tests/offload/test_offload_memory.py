@@ -111,3 +111,40 @@ def test_a_part_is_loaded_in_its_own_size_and_little_more(tmp_path: Path, dtype:
     save_file({"weight": weight}, tmp_path / "model.safetensors")
     done = run(LIMITED, str(tmp_path), str(12 * MIB), dtype)
     assert done.returncode == 0, done.stderr
+
+
+GIVEN_BACK = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from lowvram.offload import Loader, Meter, Part, Store, open_device
+
+def used():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmData:")[1].split()[0]) << 10
+
+device = open_device("cpu")
+many = lambda: nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(64))
+part = Part("many", "", many, torch.float32)
+with Store.open(sys.argv[1]) as store:
+    loader = Loader(store, device, Meter(device), [part])
+    size = loader.nbytes("many")
+    del_me = torch.ones(30 << 20, dtype=torch.uint8)
+    del del_me  # from here on glibc would keep smaller blocks in its heap
+    kept = []
+    for _ in range(3):
+        loader.load("many")
+        kept.append(torch.ones(1000))  # on top of the heap
+        full = used()
+        loader.drop("many")
+        assert full - used() > size - (4 << 20), (full, used(), size)
+"""
+
+
+def test_what_is_dropped_leaves_the_process(tmp_path: Path) -> None:
+    save_file(
+        {f"{i}.weight": torch.ones(512, 512) for i in range(64)}, tmp_path / "model.safetensors"
+    )
+    done = run(GIVEN_BACK, str(tmp_path))
+    assert done.returncode == 0, done.stderr
