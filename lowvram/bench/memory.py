@@ -21,6 +21,7 @@ from lowvram.conversation import Prompt
 from lowvram.engine.context import Context
 from lowvram.engine.run import Run
 from lowvram.engine.scratch import metered_scratch
+from lowvram.models.dit import DiT
 from lowvram.offload import Loader, Meter, PhaseMeasure, open_device
 from lowvram.parts import build_parts
 from lowvram.planner import ModelFacts, Plan, config_facts, plan_mode
@@ -144,7 +145,7 @@ def run_plan(
     checkpoint = ShapeCheckpoint(model.name, model.config)
     dtype = getattr(torch, plan.dtype)
     speech = settings.speech
-    replay = Replay(meter)
+    replay = Replay(meter, (DiT,))
     parts = [
         replace(part, build=replay.building(part.build))
         for part in build_parts(checkpoint, dtype, speech=speech, kernel="auto", scratch=scratch)

@@ -32,14 +32,15 @@ class _Call:
 
 
 class Replay:
-    """Watches the members of every `nn.ModuleList` of the modules it is given.
+    """Watches the members of every `nn.ModuleList` of the modules it is given, and the modules of
+    `kinds`.
 
     Calls are of one kind if they are made in the same phase of `meter`, of modules of one class
     with the same numbers and the same parameters' shapes, with tensors of the same shapes.
     """
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    def __init__(self, meter: Meter, kinds: tuple[type[nn.Module], ...] = ()) -> None:
+        self._meter, self._kinds = meter, kinds
         self._calls: dict[Hashable, _Call] = {}
 
     def building(self, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -48,12 +49,16 @@ class Replay:
         def watched() -> nn.Module:
             built = build()
             for part in built.modules():
-                if isinstance(part, nn.ModuleList):
-                    for member in part:
-                        member.forward = self._watching(member, member.forward)
+                members = part if isinstance(part, nn.ModuleList) else ()
+                for one in (*members, *((part,) if isinstance(part, self._kinds) else ())):
+                    one.forward = self._watching(one, one.forward)
             return built
 
         return watched
+
+    def restart(self) -> None:
+        """Forget all calls: a new request begins."""
+        self._calls.clear()
 
     def _watching(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         kind = _kind(module)

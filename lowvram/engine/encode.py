@@ -51,6 +51,7 @@ def encode_vision(context: Context, prompt: Prompt, embeds: torch.Tensor) -> Non
             for pair in range(pairs):
                 patches = context.to_device(torch.from_numpy(item.patches(pair)))
                 embeds.index_copy_(0, slots[pair], context.to_host(tower(patches, height, width)))
+                del patches  # before the next ones come
 
 
 def encode_audio(

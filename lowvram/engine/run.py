@@ -78,7 +78,7 @@ class Run:
                 self.first_text_s = time.perf_counter() - self.started
             self.text.append(piece)
             yield TextDelta(piece)
-        # A reply that ends at once leaves nothing to say.
+        # A reply of one token, such as one that ends at once, leaves nothing to say.
         if speech:
             for chunk in self._speak(speech.pop()):
                 if self.first_audio_s is None:
@@ -101,7 +101,7 @@ class Run:
     def _think(self, speech: list[Speech]) -> Iterator[str]:
         """Pieces of the reply's text; what the Talker needs goes into `speech`, if it speaks."""
         context, prompt, config = self.context, self.prompt, self.checkpoint.config.thinker
-        speaks = self.voice is not None
+        speaks = self.voice is not None and self.settings.tokens > 1
         embeds = embed_prompt(context, prompt)
         states = torch.empty_like(embeds) if speaks else None
         replies: list[torch.Tensor] = []

@@ -38,10 +38,8 @@ def rope_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     return 2 * tokens * decoder.head_dim * itemsize
 
 
-def vision_bytes(
-    config: VisionConfig, patches: int, itemsize: int, kernels: Kernels, *, several: bool = True
-) -> int:
-    """One frame pair of `patches` patches through the tower; `several`: others come after it."""
+def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Kernels) -> int:
+    """One frame pair of `patches` patches through the tower."""
     width, inner = config.hidden_size * itemsize, config.intermediate_size * itemsize
     heads, dim = config.num_heads, config.hidden_size // config.num_heads
     norm = kernels.norm_bytes(config.hidden_size, itemsize)
@@ -61,8 +59,7 @@ def vision_bytes(
     )
     attended = kernels.attention_bytes(patches, patches, heads, heads, dim, itemsize)
     own = patches * (5 * width) + attended
-    whole = max(patches * layer, own) + patches * (entry + 2 * dim * FLOAT)
-    return max(whole, 2 * patches * entry if several else 0) + SMALL
+    return max(patches * layer, own) + patches * (entry + 2 * dim * FLOAT) + SMALL
 
 
 def audio_bytes(config: AudioConfig, frames: int, itemsize: int, kernels: Kernels) -> int:

@@ -13,7 +13,7 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import vocode_bytes
+from lowvram.planner.sound import transposed_copy_bytes, vocode_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -81,7 +81,9 @@ class Request:
 
     @property
     def speaks(self) -> bool:
-        return self.settings.speech and self.model.config.speaks
+        """A reply of one token leaves nothing to say."""
+        settings = self.settings
+        return settings.speech and settings.tokens > 1 and self.model.config.speaks
 
     @property
     def talker_tokens(self) -> int:
@@ -108,11 +110,8 @@ class Request:
         phases = []
         thinker = self.model.config.thinker
         if self.shape.grids:
-            pairs = [(height * width, time) for time, height, width in self.shape.grids]
-            several = len(pairs) > 1 or pairs[0][1] > 1
-            work = laws.vision_bytes(
-                thinker.vision, max(pairs)[0], self.itemsize, self.kernels, several=several
-            )
+            patches = max(height * width for _, height, width in self.shape.grids)
+            work = laws.vision_bytes(thinker.vision, patches, self.itemsize, self.kernels)
             phases.append(
                 PhaseLoad(
                     name="vision",
@@ -207,6 +206,7 @@ class Request:
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
+            workspace=transposed_copy_bytes(config.bigvgan) if self.host_is_device else 0,
             activations=work,
             loading=self.reading("token2wav"),
         )

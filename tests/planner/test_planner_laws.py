@@ -78,7 +78,7 @@ def test_vision(name: str, dtype: torch.dtype, grid: tuple[int, int]) -> None:
     tower = build(lambda: VisionTower(config), dtype)
     height, width = grid
     patches = torch.empty(height * width, config.patch_values)
-    law = laws.vision_bytes(config, height * width, dtype.itemsize, META, several=False)
+    law = laws.vision_bytes(config, height * width, dtype.itemsize, META)
     check(name, lambda: tower(patches.to("meta", dtype), height, width), law)
 
 
