@@ -13,7 +13,7 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import transposed_copy_bytes, vocode_bytes
+from lowvram.planner.sound import native_bytes, vocode_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -206,7 +206,7 @@ class Request:
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
-            workspace=transposed_copy_bytes(config.bigvgan) if self.host_is_device else 0,
+            workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
             activations=work,
             loading=self.reading("token2wav"),
         )
