@@ -8,6 +8,9 @@ from typing import Literal
 QUERY_BLOCK, KEY_BLOCK, LONGEST_KEY_BLOCK = 256, 512, 8192
 """Rows and keys of the block-wise attention, as in `models/attention.py`."""
 
+CAUSAL_ROWS = 64
+"""Rows of a block of the CPU's causal attention, as there."""
+
 FLOAT = 4
 
 
@@ -42,7 +45,10 @@ class Kernels:
         if self.attention == "grouped":
             return 2 * out + rows * heads * FLOAT
         if self.attention == "halves":
-            return 4 * out + 3 * values * FLOAT + 4 * rows * heads * FLOAT
+            # The last block of the triangle, with its mask, is there while the halves are joined.
+            block = min(rows, CAUSAL_ROWS)
+            triangle = 2 * block * heads * dim + (1 + heads // kv_heads) * block * rows
+            return 2 * out + triangle * itemsize + 3 * values * FLOAT + 6 * rows * heads * FLOAT
         block = min(rows, QUERY_BLOCK)
         span = min(keys, QUERY_BLOCK * KEY_BLOCK // max(block, 1), LONGEST_KEY_BLOCK)
         scores = 2 * heads * block * span * FLOAT + block * span
