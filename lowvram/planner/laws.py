@@ -38,6 +38,11 @@ def rope_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     return 2 * tokens * decoder.head_dim * itemsize
 
 
+def tables_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """What making the tables of `rope_bytes` takes besides them, where they are made: in fp32."""
+    return 18 * tokens * decoder.head_dim - rope_bytes(decoder, tokens, itemsize)
+
+
 def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Kernels) -> int:
     """One frame pair of `patches` patches through the tower."""
     width, inner = config.hidden_size * itemsize, config.intermediate_size * itemsize
