@@ -1,4 +1,4 @@
-"""Whole requests on the compiled kernels: planned by name, within the plan, the same when repeated."""
+"""Whole requests on the compiled kernels: planned by name, within the plan, repeatable."""
 
 from __future__ import annotations
 
