@@ -40,7 +40,7 @@ def rope_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
 
 def tables_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     """What making the tables of `rope_bytes` takes besides them, where they are made: in fp32."""
-    return 18 * tokens * decoder.head_dim - rope_bytes(decoder, tokens, itemsize)
+    return 18 * tokens * decoder.head_dim - rope_bytes(decoder, tokens, itemsize) + SMALL
 
 
 def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Kernels) -> int:
@@ -58,7 +58,8 @@ def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Ker
         2 * width + norm,
         turning,
         mixing + width,
-        4 * width + 2 * inner,
+        3 * width + 2 * inner,
+        4 * width + inner,
         4 * width,
         3 * width + 2 * merged,
     )
