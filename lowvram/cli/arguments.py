@@ -78,7 +78,10 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "plan":
         _add_lengths(parser)
     if verb == "run":
-        _add_output(parser, "where the speech goes; - is stdout (default: lowvram.wav)")
+        _add_output(
+            parser,
+            "where the speech goes; - is stdout, with text on stderr (default: lowvram.wav)",
+        )
     if verb == "chat":
         _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
     if verb != "chat":
