@@ -70,6 +70,18 @@ def test_is_built_once_and_again_for_another_compiler_or_processor(compiler: Com
     assert built(AVX2) != first and compiler.calls == 3
 
 
+def test_is_built_again_for_other_sources(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = built(AVX2)
+    monkeypatch.setattr(builder, "_SOURCES", tmp_path)
+    for name in ("kernels.cpp", "lanes.h"):
+        (tmp_path / name).write_text("// another")
+        builder._digest.cache_clear()
+        assert built(AVX2) != first
+    assert compiler.calls == 3
+
+
 def test_processes_that_want_it_at_once_build_it_once(compiler: Compiler) -> None:
     code = (
         "from lowvram.quant.native import built; from lowvram.quant.native.processors import AVX2;"
