@@ -20,7 +20,15 @@ from lowvram.engine.scratch import metered_scratch
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
-from lowvram.offload import Budget, Loader, Meter, format_size, open_device, out_of_memory
+from lowvram.offload import (
+    Budget,
+    Loader,
+    Meter,
+    clear_frames,
+    format_size,
+    open_device,
+    out_of_memory,
+)
 from lowvram.options import Conversation, Options, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
@@ -218,6 +226,8 @@ class LowVRAMOmni:
                     self._loader.drop(part)
             yield from run.events()
         except BaseException as error:
+            # Whoever keeps the error would keep what was allocated when it was raised.
+            clear_frames(error)
             for part in frozenset(self._loader.resident()) - before:
                 self._loader.drop(part)
             self._device.empty_cache()
