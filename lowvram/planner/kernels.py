@@ -23,12 +23,14 @@ class Kernels:
     `halves` two results that are joined in fp32; `blocks` a block of scores.
     `sampling`: bytes a logit that drawing takes, at most; `waiting`: fp32 logits of earlier steps
     that are still there, and that the device's own statistics count.
+    `joins`: packed linears of one input may give one result, whose halves go together.
     """
 
     wide_norms: bool
     attention: Literal["fused", "grouped", "halves", "blocks"]
     sampling: int
     waiting: int = 0
+    joins: bool = True
 
     def norm_bytes(self, width: int, itemsize: int) -> int:
         """One row of `width` on its way through a norm."""
@@ -59,10 +61,10 @@ class Kernels:
 _ACCELERATOR = Kernels(wide_norms=True, attention="grouped", sampling=8, waiting=2)
 
 _KERNELS = {
-    "meta": Kernels(wide_norms=False, attention="fused", sampling=0),
+    "meta": Kernels(wide_norms=False, attention="fused", sampling=0, joins=False),
     "cpu": Kernels(wide_norms=True, attention="halves", sampling=34),
     "cuda": _ACCELERATOR,
-    "npu": Kernels(wide_norms=True, attention="blocks", sampling=8, waiting=2),
+    "npu": Kernels(wide_norms=True, attention="blocks", sampling=8, waiting=2, joins=False),
 }
 
 

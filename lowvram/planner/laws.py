@@ -100,7 +100,8 @@ def layer_bytes(
         rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv, 4 * queries + 5 * kv)),
         rows * (2 * width + queries + 2 * kv) + attended,
         rows * (3 * width + 2 * queries + 2 * kv),
-        rows * (4 * width + 2 * inner),
+        rows * (3 * width + 2 * inner),
+        rows * (4 * width + (2 if kernels.joins else 1) * inner),
     )
     return max(moments) + rope_bytes(config, rows, itemsize)
 
