@@ -84,6 +84,8 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if verb == "chat":
         _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
+    if verb in ("run", "chat"):
+        parser.add_argument("--play", action="store_true", help="play the speech as it comes")
     if verb != "chat":
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     if verb in ("run", "chat", "bench"):
