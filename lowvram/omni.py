@@ -331,6 +331,8 @@ class LowVRAMOmni:
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
             head_error=run.head_error,
+            phase_seconds=dict(run.context.phase_seconds),
+            longest_gap_s=run.longest_gap_s,
             model=plan.model,
             device=plan.device,
             notes=(*self._loader.notes, *run.context.notes),
