@@ -97,7 +97,8 @@ def layer_bytes(
     moments = (
         rows * (2 * width + norm),
         # Queries are turned, then keys; or both as one, where their linears are joined.
-        rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv, 4 * queries + 5 * kv)),
+        rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv)),
+        rows * (2 * width + 4 * queries + 5 * kv) * kernels.joins,
         rows * (2 * width + queries + 2 * kv) + attended,
         rows * (3 * width + 2 * queries + 2 * kv),
         rows * (3 * width + 2 * inner),
