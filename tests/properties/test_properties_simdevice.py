@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import simdevice as sim
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -82,3 +83,14 @@ def check_reply(reply: Result, wanted: Result) -> None:
     assert reply.report.notes == ()
     for row in reply.report.phases:
         assert 0 < row.measured_peak_bytes <= row.predicted_peak_bytes
+
+
+@simulated
+def test_what_a_plan_did_not_see_is_held_by_the_allocator() -> None:
+    """The device has more, but not for this process."""
+    prepare(8 * GIB)
+    with LowVRAMOmni.from_pretrained("pocket", device="npu", max_memory=2 * GIB):
+        kept = torch.empty(GIB, dtype=torch.uint8, device="npu")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2 * GIB - FALLBACK_CONTEXT_BYTES - GIB + 1, dtype=torch.uint8, device="npu")
+        del kept
