@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from lowvram.engine.encode import (
 )
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.engine.sampling import Sampler
-from lowvram.engine.talk import Speech, codec_sampler, talk
+from lowvram.engine.talk import Speech, TalkLoop, codec_sampler
 from lowvram.engine.thinker import Thinker
 from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
 from lowvram.engine.voice import Voice
@@ -190,9 +190,7 @@ class Run:
     def _talk(self, speech: Speech) -> Iterator[int]:
         context, config = self.context, self.checkpoint.config.talker
         assert config is not None and self.voice is not None
-        defaults = self.checkpoint.generation
-        max_codes = self.settings.codes
-        max_tokens = len(speech.prompt_states) + 2 + max_codes
+        max_tokens = len(speech.prompt_states) + 2 + self.settings.codes
         with ExitStack() as stack:
             stack.enter_context(
                 context.carried("states", speech.prompt_states, speech.reply_states)
@@ -202,22 +200,32 @@ class Run:
                 cache = stack.enter_context(
                     context.kv_cache("talker", "talker", config.decoder, max_tokens)
                 )
-            for code in talk(
+            loop = TalkLoop(
                 context,
                 model,
                 cache,
                 config,
-                speech,
+                prompt_states=speech.prompt_states,
+                positions=speech.positions,
                 voice_token=self.voice.bos_token,
                 sampler=codec_sampler(
                     config, self.settings.talker_sampling, seed=self._seeds.codes
                 ),
-                defaults=defaults,
-                max_codes=max_codes,
+                defaults=self.checkpoint.generation,
+                max_codes=self.settings.codes,
                 chunk=context.plan.chunks["talker"],
-            ):
-                self.codes.append(code)
-                yield code
+            )
+            first, *rest = speech.reply_states.split(1)
+            replies = iter(rest)
+            loop.begin(first)
+            while not loop.ended:
+                yield from self._told_of(loop.step(next(replies, None)))
+            yield from self._told_of(loop.drain())
+
+    def _told_of(self, codes: Sequence[int]) -> Iterator[int]:
+        for code in codes:
+            self.codes.append(code)
+            yield code
 
     def _vocode(self, stream: SpeechStream, codes: Iterator[int]) -> Iterator[AudioChunk]:
         """Sound as soon as a piece's codes are there, then the rest."""

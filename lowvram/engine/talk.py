@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lowvram.checkpoint import GenerationDefaults
 from lowvram.config import TalkerConfig
@@ -31,8 +32,8 @@ class Speech:
     token that was fed back, n >= 1; `positions` int64 [3, T] are the prompt's.
     """
 
-    prompt_states: torch.Tensor
-    reply_states: torch.Tensor
+    prompt_states: Tensor
+    reply_states: Tensor
     positions: np.ndarray
 
 
@@ -44,67 +45,131 @@ def codec_sampler(config: TalkerConfig, settings: SamplingSettings, *, seed: int
     return Sampler(settings, seed=seed, suppress=[start], history=history)
 
 
-def talk(
-    context: Context,
-    talker: Talker,
-    cache: KVCache | HostKVCache,
-    config: TalkerConfig,
-    speech: Speech,
-    *,
-    voice_token: int,
-    sampler: Sampler,
-    defaults: GenerationDefaults,
-    max_codes: int,
-    chunk: int,
-) -> Iterator[int]:
-    """Codes of the reply, without the one that ends it. `voice_token` starts the voice's turn;
-    `chunk` tokens of the prompt are computed at once.
+class TalkLoop:
+    """The codes of one reply, driven one reply state at a time.
 
-    The first step sees the prompt, the voice and the first reply state; each later step sees the
-    code before it plus the next reply state, then the end of text, then padding.
+        loop.begin(first)
+        while not loop.ended:
+            codes += loop.step(next(replies, None))
+        codes += loop.drain()
+
+    The first code is drawn from the prompt, the voice and the first reply state; each later one
+    from the code before it plus the next reply state, then the end of text, then padding. Reply
+    states [1, E] are each a reply token's last hidden state plus its embedding, on the host or the
+    device. Codes never include the one that ends the reply, and are at most `max_codes`.
+
+    Args:
+        prompt_states: [T, E] on the host; see `Speech`. Let go of once the prompt has been run.
+        positions: int64 [3, T], the prompt's.
+        voice_token: starts the voice's turn.
+        chunk: tokens of the prompt that are computed at once.
     """
-    end, pad, voice = embed_tokens(
-        context,
-        [config.tts_text_end_token_id, config.tts_text_pad_token_id, voice_token],
-    ).split(1)
-    replies = iter([*speech.reply_states.split(1)[1:], end])
-    prompt = torch.cat([speech.prompt_states, voice, speech.reply_states[:1]])
-    position = int(speech.positions.max()) + 1
-    place = np.concatenate(
-        [speech.positions, np.tile(np.arange(position, position + 2), (3, 1))], axis=1
-    )
-    position += 2
-    passes = DecoderPasses(context, PART, talker.model, cache, chunk)
-    feed = _feed(context, talker, config, prompt)
-    with context.phase("talk"):
-        logits = talker.logits(passes.prefill(feed, place, None))
-    for spoken in range(1, max_codes + 1):
-        code = sampler(logits)
-        if code in defaults.codec_end_ids:
+
+    def __init__(
+        self,
+        context: Context,
+        talker: Talker,
+        cache: KVCache | HostKVCache,
+        config: TalkerConfig,
+        *,
+        prompt_states: Tensor,
+        positions: np.ndarray,
+        voice_token: int,
+        sampler: Sampler,
+        defaults: GenerationDefaults,
+        max_codes: int,
+        chunk: int,
+    ) -> None:
+        self._context, self._talker, self._config = context, talker, config
+        self._prompt: Tensor | None = prompt_states
+        self._positions = positions
+        self._sampler, self._ends = sampler, frozenset(defaults.codec_end_ids)
+        self._max_codes = max_codes
+        text_end, padding, voice = embed_tokens(
+            context,
+            [config.tts_text_end_token_id, config.tts_text_pad_token_id, voice_token],
+        ).split(1)
+        self._voice = voice
+        self._text_end, self._padding = text_end, padding
+        self._reply_over = False
+        self._passes = DecoderPasses(context, PART, talker.model, cache, chunk)
+        self._next_position = int(positions.max()) + 3
+        self._drawn = 0
+        self._last = 0  # the code drawn last
+        self._ready: list[int] = []  # codes that nobody was told of
+        self.ended = False
+        """No further step does anything; `drain` may still have codes."""
+
+    def begin(self, first: Tensor) -> None:
+        """Run the prompt, the voice and the first reply state [1, E], and draw the first code."""
+        assert self._prompt is not None
+        tail = torch.cat([self._voice, first.to(self._voice)])
+        place = np.arange(self._next_position - 2, self._next_position)
+        positions = np.concatenate([self._positions, np.tile(place, (3, 1))], axis=1)
+        feed = self._feed(self._prompt, tail)
+        with self._context.phase("talk"):
+            self._draw(self._talker.logits(self._passes.prefill(feed, positions, None)))
+        self._prompt = None
+
+    def step(self, reply: Tensor | None) -> Sequence[int]:
+        """Feed the last code and the next reply state [1, E], and draw one more code.
+
+        Args:
+            reply: None where there is no further state: the first time the end of text takes its
+                place, then padding. After None there can be no state any more.
+
+        Returns:
+            Codes that the host has come to know since the last call, in order; maybe none yet.
+        """
+        if not self.ended:
+            text = self._text(reply)
+            with self._context.phase("talk", stepwise=True):
+                talker = self._talker
+                code = torch.tensor([[self._last]], device=self._context.device.torch)
+                x = talker.project(talker.embed(code) + self._context.to_device(text)[None])
+                self._draw(talker.logits(self._passes.step(x, self._next_position)))
+            self._next_position += 1
+        return self.drain()
+
+    def drain(self) -> Sequence[int]:
+        """Codes that were drawn and of which nobody was told."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _draw(self, logits: Tensor) -> None:
+        code = self._sampler(logits)
+        if code in self._ends:
+            self.ended = True
             return
-        yield code
-        if spoken == max_codes:
-            return
-        with context.phase("talk", stepwise=True):
-            x = talker.embed(torch.tensor([[code]], device=context.device.torch))
-            x = talker.project(x + context.to_device(next(replies, pad))[None])
-            logits = talker.logits(passes.step(x, position))
-        position += 1
+        self._last = code
+        self._ready.append(code)
+        self._drawn += 1
+        self.ended = self._drawn == self._max_codes
 
+    def _text(self, reply: Tensor | None) -> Tensor:
+        """What stands beside the next code, [1, E]."""
+        if reply is not None:
+            if self._reply_over:
+                raise ValueError("a reply state after the end of the reply")
+            return reply
+        ended, self._reply_over = self._reply_over, True
+        return self._padding if ended else self._text_end
 
-def _feed(context: Context, talker: Talker, config: TalkerConfig, prompt: torch.Tensor) -> Feed:
-    """Inputs from the prompt [T, E] on the host, whose last two rows get the codec's pad and
-    start."""
-    marks = torch.tensor([[config.tts_codec_pad_token_id, config.tts_codec_start_token_id]])
-    last = len(prompt) - 2
+    def _feed(self, prompt: Tensor, tail: Tensor) -> Feed:
+        """Inputs from the prompt [T, E] and the `tail` [2, E], which gets the codec's pad and
+        start."""
+        context, talker, config = self._context, self._talker, self._config
+        marks = torch.tensor([[config.tts_codec_pad_token_id, config.tts_codec_start_token_id]])
+        last = len(prompt)
 
-    def feed(start: int, stop: int) -> torch.Tensor:
-        x = context.to_device(prompt[None, start:stop])
-        marked = range(max(start, last), stop)
-        if marked:
-            codec = talker.embed(marks.to(x.device))[:, marked.start - last :][:, : len(marked)]
-            plain = marked.start - start
-            x = torch.cat([x[:, :plain], x[:, plain:] + codec], dim=1)
-        return talker.project(x)
+        def feed(start: int, stop: int) -> Tensor:
+            parts = []
+            if start < last:
+                parts.append(context.to_device(prompt[None, start : min(stop, last)]))
+            if stop > last:
+                own = slice(max(start, last) - last, stop - last)
+                codec = talker.embed(marks[:, own].to(context.device.torch))
+                parts.append(context.to_device(tail[None, own]) + codec)
+            return talker.project(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
 
-    return feed
+        return feed

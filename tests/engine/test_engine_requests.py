@@ -141,17 +141,17 @@ def test_the_talkers_states_are_gone_before_staged_speech_is_vocoded(
         minimum = omni.plan(EVERYTHING, **SHORT).minimum_budget_bytes
     states: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
-    talk, push = run.talk, SpeechStream.push
+    loop, push = run.TalkLoop, SpeechStream.push
 
-    def watched(*args: Any, **kwargs: Any) -> Iterator[int]:
-        states.append(weakref.ref(args[4].prompt_states))
-        return talk(*args, **kwargs)
+    def watched(*args: Any, **kwargs: Any) -> run.TalkLoop:
+        states.append(weakref.ref(kwargs["prompt_states"]))
+        return loop(*args, **kwargs)
 
     def pushed(self: SpeechStream, codes: Any) -> Any:
         alive.append(states[0]() is not None)
         return push(self, codes)
 
-    monkeypatch.setattr(run, "talk", watched)
+    monkeypatch.setattr(run, "TalkLoop", watched)
     monkeypatch.setattr(SpeechStream, "push", pushed)
     with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=minimum) as omni:
         assert omni.plan(EVERYTHING, **SHORT).phases[-1].name == "vocode"
