@@ -21,7 +21,7 @@ def vocode_bytes(
     kernels: Kernels,
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
-    window, frames = settings.largest_pass(codes, dit.repeats)
+    window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
     steps = settings.time_points - 1
     # As `field_times` of models/ode.py: neighbouring steps of rk4 share a time.
     times = steps if settings.solver == "euler" else 3 * steps + 1

@@ -68,9 +68,10 @@ def audio_work(request: Request) -> Work:
 def vocode_work(request: Request) -> Work:
     """The DiT reads its weights once an evaluation; the vocoder's share is about a tenth of it."""
     settings = VocodeSettings(solver=request.settings.solver, whole=request.settings.whole_speech)
-    pieces = [one for one in passes(settings, expected_codes(request)) if one.stage == "mel"]
     dit = request.model.config.dit
     assert dit is not None
+    steps = passes(settings, expected_codes(request), dit.repeats, dit.codes_per_block)
+    pieces = [one for one in steps if one.stage == "mel"]
     frames = sum(one.length for one in pieces) * dit.repeats
     weights = request.sizes["token2wav"].total
     evaluations = settings.evaluations
