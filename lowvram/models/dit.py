@@ -7,7 +7,6 @@ before (`look_backward_layers`) or after (`look_ahead_layers`) their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 from lowvram.config import DiTConfig
 from lowvram.models.attention import attention
 from lowvram.models.ecapa import SpeakerEncoder
+from lowvram.models.modulation import Modulation, TimeEmbedding
 from lowvram.models.past import Neighbour
 
 GUIDANCE = 0.5
 """Weight of classifier-free guidance: the default of `Qwen2_5OmniToken2WavModel.forward`."""
 
-TIME_FEATURES = 256
-TIME_SCALE = 1000.0
 NORM_EPSILON = 1e-6
 SHIFTS_PER_LAYER = 6
 
@@ -146,19 +144,6 @@ def _windows(x: Tensor, start: int, count: int, length: int, step: int) -> Tenso
     return windows.flatten(0, 1).transpose(1, 2)
 
 
-class Modulation(nn.Module):
-    """Holds the linear that turns a time embedding into shifts, scales and gates (adaLN)."""
-
-    def __init__(self, hidden: int, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self.linear = nn.Linear(hidden, rows * hidden)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """[E, hidden] -> [E, rows, hidden]."""
-        return self.linear(time).unflatten(-1, (self.rows, -1))
-
-
 class FeedForward(nn.Module):
     """Two linears around a tanh-approximated GELU; the names count a dropout between them."""
 
@@ -202,25 +187,6 @@ class Block(nn.Module):
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON).mul_(1 + scale).add_(shift)
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoidal features of a time, then a small network: [E] on the host -> [E, hidden]."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.time_mlp = nn.Sequential(
-            nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-        )
-
-    def forward(self, times: Tensor) -> Tensor:
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(
-            torch.arange(half, dtype=torch.float32, device="cpu") * -(math.log(10000) / (half - 1))
-        )
-        angles = TIME_SCALE * times[:, None] * frequencies
-        features = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.time_mlp(features.to(next(self.time_mlp.parameters())))
 
 
 class CodeEmbedding(nn.Module):
@@ -271,11 +237,10 @@ class DiT(nn.Module):
         Returns [E, 6 * layers + 2, hidden]; an index of the first axis is what `forward` takes.
         """
         time = F.silu(self.time_embed(times))
-        norms = [block.get_submodule("attn_norm") for block in self.transformer_blocks]
-        out = time.new_empty(len(times), SHIFTS_PER_LAYER * len(norms) + 2, time.shape[1])
-        for i, norm in enumerate([*norms, self.norm_out]):
-            rows = norm(time)
-            out[:, SHIFTS_PER_LAYER * i : SHIFTS_PER_LAYER * i + rows.shape[1]] = rows
+        norms = [*(block.attn_norm for block in self.transformer_blocks), self.norm_out]
+        out = time.new_empty(len(times), sum(norm.rows for norm in norms), time.shape[1])
+        for norm, rows in zip(norms, out.split([norm.rows for norm in norms], 1), strict=True):
+            norm(time, rows)
         return out
 
     @torch.no_grad()

@@ -52,8 +52,10 @@ class Past:
     def __init__(self, config: DiTConfig, evaluations: int, like: Tensor) -> None:
         layers = len(config.look_backward_layers)
         self._block = config.block_size
-        shape = (2, BRANCHES, config.block_size, config.num_attention_heads, config.head_dim)
-        self._kept = like.new_empty(evaluations, layers, *shape)
+        block = (2, BRANCHES, config.block_size, config.num_attention_heads, config.head_dim)
+        self._shape = (evaluations, layers, *block)
+        self._like = like
+        self._kept: Tensor | None = None
         self._there = False
 
     @property
@@ -62,7 +64,14 @@ class Past:
         return self._block if self._there else 0
 
     def neighbours(self, evaluation: int, final: int | None) -> list[Neighbour]:
-        """One for each layer that looks back, in one evaluation of a piece; see `Neighbour`."""
+        """One for each layer that looks back, in one evaluation of a piece; see `Neighbour`.
+
+        There is none for a piece that nothing comes before and nothing after.
+        """
+        if self._kept is None:
+            if final is None:
+                return []
+            self._kept = self._like.new_empty(self._shape)
         return [Neighbour(kept, self._there, final) for kept in self._kept[evaluation]]
 
     def advance(self) -> None:
