@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,11 +11,8 @@ from tiny_speech import tiny_codes, tiny_noise, tiny_token2wav, tiny_voice
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowvram.models.past import Neighbour
 from lowvram.models.token2wav import Token2Wav, Utterance
 from lowvram.settings import Solver
-
-Mel = Callable[[list[int], Tensor], Tensor]
 
 BOTH_WAYS: dict[str, Any] = {
     "block_size": 8,
@@ -75,3 +71,77 @@ def test_pieces_are_the_whole_for_both_solvers(solver: Solver, points: int, ahea
     whole = model.mel(utterance, codes, noise)
     pieces = in_pieces(model, utterance, codes, noise, (2, 3), ahead)
     assert (pieces - whole).abs().max() < 1e-5 * whole.std()
+
+
+def official(
+    model: Token2Wav, utterance: Utterance, codes: list[int], noise: Tensor
+) -> Tensor:
+    """Windows of 24 codes before, 48 new and 12 after, recomputed from noise each time."""
+    parts, done = [], 0
+    while done < len(codes):
+        start = max(0, done - 24)
+        last = len(codes) - done < 60
+        stop = len(codes) if last else done + 60
+        mel = model.mel(utterance, codes[start:stop], noise[2 * start : 2 * stop])
+        keep = len(codes) if last else done + 48
+        parts.append(mel[2 * (done - start) : 2 * (keep - start)])
+        done = keep
+    return torch.cat(parts)
+
+
+def test_more_look_ahead_is_closer_and_the_default_no_worse_than_the_official_windows() -> None:
+    """In the published pattern of layers, with half the evaluations."""
+    model = deep(seed=3, std=0.15)
+    utterance = model.prepare(tiny_voice(), "euler", 6)
+    codes, noise = tiny_codes(130), tiny_noise(130)
+    whole = model.mel(utterance, codes, noise)
+    errors = [
+        relative_error(in_pieces(model, utterance, codes, noise, (4,), ahead), whole)
+        for ahead in (1, 2, 3)
+    ]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[0] <= 1.05 * relative_error(official(model, utterance, codes, noise), whole)
+
+
+def deep(seed: int, std: float) -> Token2Wav:
+    return tiny_token2wav(
+        seed,
+        std,
+        num_hidden_layers=22,
+        look_ahead_layers=[10],
+        look_backward_layers=[0, 20],
+    )
+
+
+def test_what_is_kept_of_the_past_is_needed() -> None:
+    """Each layer and branch: without one of them the pieces are no longer the whole."""
+    model = tiny_token2wav(5)
+    utterance = model.prepare(tiny_voice(), "euler", 4)
+    codes, noise = tiny_codes(60), tiny_noise(60)
+    whole = model.mel(utterance, codes, noise)
+
+    def second(layer: int, branch: int) -> float:
+        past = model.past(utterance)
+        model.mel(utterance, codes, noise, past, final=24)
+        for evaluation in range(3):
+            past.neighbours(evaluation, None)[layer].kept[:, branch].zero_()
+        mel = model.mel(utterance, codes[24:], noise[48:], past)
+        return float((mel - whole[48:]).abs().max())
+
+    for layer in (0, 1):
+        for branch in (0, 1):
+            assert second(layer, branch) > 1e-3
+
+
+def test_work_of_a_piece_does_not_grow() -> None:
+    model = tiny_token2wav(5)
+    utterance = model.prepare(tiny_voice(), "euler", 4)
+    past, noise = model.past(utterance), tiny_noise(60)
+    counted = []
+    for _ in range(5):
+        with FlopCounterMode(display=False) as flops:
+            model.mel(utterance, [7] * 60, noise, past, final=48)
+        counted.append(flops.get_total_flops())
+    assert counted[1:] == [counted[1]] * 4
+    assert counted[0] <= counted[1] <= 1.02 * counted[0]
+
