@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,8 @@ class LowVRAMOmni:
                     self._loader.drop(part)
             yield from run.events()
         except BaseException as error:
+            # Frames of operations that failed hold on to weights and to what was computed.
+            traceback.clear_frames(error.__traceback__)
             for part in frozenset(self._loader.resident()) - before:
                 self._loader.drop(part)
             self._device.empty_cache()

@@ -1,4 +1,4 @@
-"""The DiT's time: an embedding, and the shifts, scales and gates that each layer makes of it (adaLN).
+"""The DiT's time: an embedding, and the shifts, scales and gates a layer makes of it (adaLN).
 
 The linears that make them are 42 % of the DiT's weights. The times of a grid are few and known
 beforehand, so each linear is asked once for all of them, and its weight stays in the file.

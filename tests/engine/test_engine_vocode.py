@@ -6,8 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_speech import tiny_codes, tiny_token2wav, tiny_voice, token2wav_pair
+from tiny_speech import tiny_codes, tiny_token2wav, tiny_voice
 from torch import Tensor
 
 from lowvram.config import BigVGANConfig, DiTConfig, OmniConfig
@@ -124,7 +122,9 @@ def test_the_largest_pass_is_reached(s: VocodeSettings, codes: int) -> None:
 
 
 def test_passes_of_long_speech_are_as_long_as_those_of_short() -> None:
-    assert VocodeSettings().largest_pass(180_000) == VocodeSettings().largest_pass(300) == (216, 232)
+    assert (
+        VocodeSettings().largest_pass(180_000) == VocodeSettings().largest_pass(300) == (216, 232)
+    )
     assert VocodeSettings(whole=True).largest_pass(300) == (600, 600)
 
 
@@ -219,9 +219,7 @@ def test_pieces_wait_for_the_reader() -> None:
 
 @pytest.mark.parametrize(("solver", "points", "ahead"), [("euler", 4, 3), ("rk4", 2, 4)])
 @pytest.mark.parametrize("count", [35, 115, 250])
-def test_pieces_are_the_whole_to_rounding(
-    solver: Any, points: int, ahead: int, count: int
-) -> None:
+def test_pieces_are_the_whole_to_rounding(solver: Any, points: int, ahead: int, count: int) -> None:
     """With a block ahead for each evaluation of the DiT, and all the frames the vocoder hears."""
     model, codes = tiny_token2wav(1), tiny_codes(count)
     exact = VocodeSettings(
@@ -287,9 +285,7 @@ class Recorder:
     def past(self, _: None) -> None:
         pass
 
-    def mel(
-        self, _: None, codes: list[int], noise: Tensor, __: None, final: int | None
-    ) -> Tensor:
+    def mel(self, _: None, codes: list[int], noise: Tensor, __: None, final: int | None) -> Tensor:
         self.longest = max(self.longest, len(codes) * 2, noise.untyped_storage().nbytes() // 320)
         assert len(noise) == 2 * len(codes)
         return noise if final is None else noise[: 2 * final]

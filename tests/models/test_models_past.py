@@ -37,9 +37,7 @@ def in_pieces(
         stop = start + final + ahead * size
         last = stop >= len(codes)
         window = noise[start * model.repeats : stop * model.repeats]
-        parts.append(
-            model.mel(utterance, codes[start:stop], window, past, None if last else final)
-        )
+        parts.append(model.mel(utterance, codes[start:stop], window, past, None if last else final))
         start, index = len(codes) if last else start + final, index + 1
     return torch.cat(parts)
 
@@ -73,9 +71,7 @@ def test_pieces_are_the_whole_for_both_solvers(solver: Solver, points: int, ahea
     assert (pieces - whole).abs().max() < 1e-5 * whole.std()
 
 
-def official(
-    model: Token2Wav, utterance: Utterance, codes: list[int], noise: Tensor
-) -> Tensor:
+def official(model: Token2Wav, utterance: Utterance, codes: list[int], noise: Tensor) -> Tensor:
     """Windows of 24 codes before, 48 new and 12 after, recomputed from noise each time."""
     parts, done = [], 0
     while done < len(codes):
@@ -144,4 +140,3 @@ def test_work_of_a_piece_does_not_grow() -> None:
         counted.append(flops.get_total_flops())
     assert counted[1:] == [counted[1]] * 4
     assert counted[0] <= counted[1] <= 1.02 * counted[0]
-
