@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,11 @@ def test_streaming_without_a_wait_is_found(
         with opened(folder) as omni:
             omni.generate(WORDS, **SHORT)
             peak = torch.npu.max_memory_allocated()
-        for share in (0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3):
+        for share in (0.75, 0.7, 0.65, 0.6, 0.55, 0.3):
             with opened(folder) as omni:
-                try:
+                # Also where it is refused in the end, for the vocoder's sake.
+                with suppress(DoesNotFitError):
                     squeezed(omni, int(peak * share))
-                except DoesNotFitError:
-                    continue
                 if omni._loader.bytes_streamed:
                     assert sim.races()
                     return
