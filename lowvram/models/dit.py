@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,10 @@ class DiT(nn.Module):
         self.norm_out = Modulation(config.hidden_size, 2)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
 
+    @property
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.transformer_blocks]
+
     @torch.no_grad()
     def modulate(self, times: Tensor) -> Tensor:
         """Every layer's shifts, scales and gates at `times` (fp32 [E] on the host).
@@ -237,7 +242,7 @@ class DiT(nn.Module):
         Returns [E, 6 * layers + 2, hidden]; an index of the first axis is what `forward` takes.
         """
         time = F.silu(self.time_embed(times))
-        norms = [*(block.attn_norm for block in self.transformer_blocks), self.norm_out]
+        norms = [*(block.attn_norm for block in self._blocks), self.norm_out]
         out = time.new_empty(len(times), sum(norm.rows for norm in norms), time.shape[1])
         for norm, rows in zip(norms, out.split([norm.rows for norm in norms], 1), strict=True):
             norm(time, rows)
@@ -291,9 +296,7 @@ class DiT(nn.Module):
         """
         x = self._input(mel, condition)
         neighbours = iter(past)
-        for block, rows in zip(
-            self.transformer_blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True
-        ):
+        for block, rows in zip(self._blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True):
             x = block(
                 x, rows, condition.rope, next(neighbours, None) if block.attn.look_back else None
             )
