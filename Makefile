@@ -12,7 +12,7 @@ PYTEST_FLAGS ?= -n auto --maxprocesses=4
 
 # Folders too, so that a removed file counts as a change.
 SOURCES := $(shell find lowvram quant offload -name __pycache__ -prune -o \
-    \( -type d -o -name '*.py' -o -name py.typed \) -print)
+    \( -type d -o -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name py.typed \) -print)
 
 .PHONY: help demo test lint types unit oracle-5.17 interop compiler clean
 .DELETE_ON_ERROR:

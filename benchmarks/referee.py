@@ -41,11 +41,8 @@ GROWTH_BYTES = 16 << 20
 budget is lowered to what the limit leaves, and the least cannot be lowered."""
 RESULTS = Path(__file__).parent / "results"
 
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
-"""One heap for all threads, and glibc's own first threshold for memory apart from the heap. Left to
-itself it raises the threshold to 32 MiB as such memory is freed, and from then on weights that are
-dropped leave holes in the heap that the system does not get back: 0.3 GiB at a budget of 4 GiB. It
-costs a third of the speed of vocoding, whose activations are then fresh pages every time."""
+MALLOC = {"MALLOC_ARENA_MAX": "1"}
+"""One heap for all threads: a second one takes address space of its own, which the limit counts."""
 
 
 def started(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,15 @@ from lowvram.engine.scratch import metered_scratch
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
-from lowvram.offload import Budget, Loader, Meter, format_size, open_device, out_of_memory
+from lowvram.offload import (
+    Budget,
+    Loader,
+    Meter,
+    clear_frames,
+    format_size,
+    open_device,
+    out_of_memory,
+)
 from lowvram.options import Conversation, Options, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
@@ -219,8 +226,8 @@ class LowVRAMOmni:
                     self._loader.drop(part)
             yield from run.events()
         except BaseException as error:
-            # Frames of operations that failed hold on to weights and to what was computed.
-            traceback.clear_frames(error.__traceback__)
+            # Whoever keeps the error would keep what was allocated when it was raised.
+            clear_frames(error)
             for part in frozenset(self._loader.resident()) - before:
                 self._loader.drop(part)
             self._device.empty_cache()
@@ -324,6 +331,8 @@ class LowVRAMOmni:
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
             head_error=run.head_error,
+            phase_seconds=dict(run.context.phase_seconds),
+            longest_gap_s=run.longest_gap_s,
             model=plan.model,
             device=plan.device,
             notes=(*self._loader.notes, *run.context.notes),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .budget import Budget, format_size, guard_bytes, parse_size
     from .device import Device, open_device
     from .exhaustion import out_of_memory
+    from .frames import clear_frames
     from .host import host_memory
     from .lane import CopyLane, Mark
     from .loader import Loader
@@ -46,6 +47,7 @@ __all__ = [
     "TimelinePoint",
     "UnitStream",
     "blob_bytes",
+    "clear_frames",
     "default_device",
     "defer_npu_autoload",
     "devices",
@@ -65,6 +67,7 @@ _HOME = {
     "budget": ("Budget", "format_size", "guard_bytes", "parse_size"),
     "device": ("Device", "open_device"),
     "exhaustion": ("out_of_memory",),
+    "frames": ("clear_frames",),
     "host": ("host_memory",),
     "lane": ("CopyLane", "Mark"),
     "loader": ("Loader",),

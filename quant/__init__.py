@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .awq import dense_layer, quantize_layer
     from .head import RoundedHead
     from .kernels import Kernel, Problem, select
-    from .linear import QuantLinear, apply_all, apply_joined, join
+    from .linear import QuantLinear, apply_all, apply_gated, apply_joined, join
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
     from .published import quantization_config
@@ -61,6 +61,7 @@ __all__ = [
     "SearchSettings",
     "Step",
     "apply_all",
+    "apply_gated",
     "apply_joined",
     "choose_head",
     "current_phase",
@@ -86,7 +87,7 @@ _HOME = {
     "awq": ("dense_layer", "quantize_layer"),
     "head": ("RoundedHead",),
     "kernels": ("Kernel", "Problem", "select"),
-    "linear": ("QuantLinear", "apply_all", "apply_joined", "join"),
+    "linear": ("QuantLinear", "apply_all", "apply_gated", "apply_joined", "join"),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
     "published": ("quantization_config",),

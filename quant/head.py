@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Problem, cpu
+from .kernels import Problem, cpu, native
 from .sizes import HEAD_GROUP, HEAD_PIECE_ROWS, HeadBits
 
 
@@ -32,6 +32,7 @@ class RoundedHead(nn.Module):
     def __init__(self, in_features: int, out_features: int, bits: HeadBits) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.compiled = False
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     @property
@@ -43,8 +44,9 @@ class RoundedHead(nn.Module):
         """Hold on `device` what `rows(start, stop)` gives, [stop - start, H] of the stored weight
         in the type of the activations."""
         dtype = rows(0, 1).dtype
-        shape = (self.in_features, self.out_features, HEAD_GROUP)
-        if device.type == "cpu" and cpu.refusal(Problem("cpu", dtype, *shape)) is None:
+        problem = Problem("cpu", dtype, self.in_features, self.out_features, HEAD_GROUP)
+        self.compiled = device.type == "cpu" and native.refusal(problem) is None
+        if device.type == "cpu" and (self.compiled or cpu.refusal(problem) is None):
             del self._parameters["weight"]
             for name, tensor in self._empty_rounded().items():
                 self.register_buffer(name, tensor)
@@ -62,6 +64,10 @@ class RoundedHead(nn.Module):
         if not self.rounded:
             return F.linear(x, self.weight)
         packed, scales = self.get_buffer("packed"), self.get_buffer("scales")
+        if self.compiled:
+            if self.bits == 8:
+                return native.product_of_bytes(x, packed, scales)
+            return native.product(x, packed, scales, native.OFFSETS, HEAD_GROUP, None)
         ops, rows = torch.ops.aten, x.contiguous()
         if self.bits == 8:
             out: Tensor = ops._weight_int8pack_mm(rows, packed, scales)
@@ -72,11 +78,15 @@ class RoundedHead(nn.Module):
     def _empty_rounded(self) -> dict[str, Tensor]:
         """Of 8 bits int8 [V, H] and a bfloat16 scale for every row; of 4 uint8 [V, H / 2] in
         aten's order and bfloat16 [H / 32, V, 2] of scale and offset, for `(q - 8) * scale +
-        offset`."""
+        offset`; or both as the compiled kernel has them."""
         inputs, outputs = self.in_features, self.out_features
         if self.bits == 8:
             packed = torch.empty(outputs, inputs, dtype=torch.int8)
             return {"packed": packed, "scales": torch.empty(outputs, dtype=torch.bfloat16)}
+        if self.compiled:
+            cpu_device = torch.device("cpu")
+            held = native.empty(inputs, outputs, HEAD_GROUP, torch.bfloat16, cpu_device)
+            return dict(zip(("packed", "scales"), held, strict=True))
         pairs = torch.empty(inputs // HEAD_GROUP, outputs, 2, dtype=torch.bfloat16)
         return {
             "packed": torch.empty(outputs, inputs // 2, dtype=torch.uint8),
@@ -101,6 +111,14 @@ class RoundedHead(nn.Module):
         # Rounded first, so that the integers are the nearest for the offset that is kept.
         offset = (low + 8 * scale.float()).to(torch.bfloat16)
         grouped.sub_(offset.float().unsqueeze(2)).div_(scale.float().unsqueeze(2))
-        q = grouped.round_().add_(8).clamp_(0, 15).flatten(1).int()
+        q = grouped.round_().add_(8).clamp_(0, 15).flatten(1)
+        if self.compiled:
+            blocks = slice(rows.start // native.BLOCK, rows.stop // native.BLOCK)
+            native.pack_rows(q.to(torch.uint8), packed[blocks])
+            for place, values in enumerate((scale, offset)):
+                by_block = values.unflatten(0, (-1, native.BLOCK)).transpose(1, 2)
+                pairs[blocks, :, place] = by_block
+            return
+        q = q.int()
         packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         pairs[:, rows] = torch.stack((scale, offset), dim=-1).transpose(0, 1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import Kernel, Problem, select
@@ -106,11 +107,22 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K], of the type given at the start -> [..., N]; the outputs of all that are
         joined to this one, side by side."""
-        # `get_buffer` takes longer than a small product's launch.
-        held = {name: cast(Tensor, self._buffers[name]) for name in self._held}
-        rows = x.reshape(-1, self.in_features)
+        rows, held = x.reshape(-1, self.in_features), self._prepared()
         out = self.kernel.run(rows, held, self.bias, self.group_size, current_phase(), self.scratch)
         return out.view(*x.shape[:-1], out.shape[1])
+
+    def gated(self, x: Tensor) -> Tensor | None:
+        """x [..., K] -> silu of the one half of all outputs times the other, [..., N / 2]; None
+        where the kernel does not do that in one go, or not in this phase."""
+        if self.kernel.gated is None or current_phase() != "decode":
+            return None
+        rows, held = x.reshape(-1, self.in_features), self._prepared()
+        out = self.kernel.gated(rows, held, self.bias, self.group_size)
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    def _prepared(self) -> dict[str, Tensor]:
+        # `get_buffer` takes longer than a small product's launch.
+        return {name: cast(Tensor, self._buffers[name]) for name in self._held}
 
     def absorb(self, others: Sequence[QuantLinear]) -> None:
         """Take over the prepared weights of linears of the same input, so that one product
@@ -164,3 +176,14 @@ def apply_all(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     if together is None or not isinstance(first, QuantLinear):
         return [linear(x) for linear in linears]
     return together.split(first.joined, dim=-1)
+
+
+def apply_gated(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+    """`silu(gate(x)) * up(x)`, [..., K] -> [..., N]."""
+    if isinstance(gate, QuantLinear) and len(set(gate.joined)) == 1:
+        together = gate.gated(x)
+        if together is not None:
+            return together
+    opened, passed = apply_all((gate, up), x)
+    # In place: the two [..., N] tensors are the peak of a decoder layer.
+    return F.silu(opened, inplace=True).mul_(passed)

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
-KernelName = Literal["reference", "cpu", "tinygemm"]
+from .native import not_offered
+
+KernelName = Literal["reference", "cpu", "native", "tinygemm"]
 Asked = Literal["auto", "reference"]
 
 PIECE_WEIGHTS: dict[KernelName, int] = {
     "reference": 1 << 22,
     "cpu": 1 << 21,
+    "native": 1 << 21,
     "tinygemm": 1 << 22,
 }
 """Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied."""
 
-TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "tinygemm": 7}
-"""Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too."""
+TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
+"""Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too.
+
+`native` needs two, and is planned like `cpu`, which takes its place where it cannot be built.
+"""
 
 
 class KernelChoice(NamedTuple):
@@ -26,19 +32,25 @@ class KernelChoice(NamedTuple):
     reason: str
 
 
-def preferred_kernel(device: str, dtype: str, asked: Asked = "auto") -> KernelChoice:
-    """The kernel for a type of device and of activations (`cuda`, `bfloat16`).
+def preferred_kernel(
+    device: str, dtype: str, asked: Asked = "auto", weights: int = 0
+) -> KernelChoice:
+    """The kernel for a type of device and of activations (`cuda`, `bfloat16`), and linears of at
+    least so many `weights`.
 
-    A machine on which it turns out to be missing falls back to the reference.
+    A machine on which it turns out to be missing falls back to another that takes no more memory,
+    or to the reference. Nothing is built to find out.
     """
     if asked == "reference":
         return KernelChoice("reference", "asked for")
     if dtype != "bfloat16":
         return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
     if device == "cpu":
-        return KernelChoice(
-            "cpu", "bfloat16 on the CPU: 4-bit product to decode, 16-bit to prefill"
-        )
+        choice = "bfloat16 on the CPU: 4-bit product to decode, 16-bit to prefill"
+        refused = not_offered(weights)
+        if refused is None:
+            return KernelChoice("native", f"{choice}, compiled for this processor")
+        return KernelChoice("cpu", f"{choice}; compiled kernels are not used: {refused}")
     if device == "cuda":
         return KernelChoice("tinygemm", "bfloat16 on CUDA: tinygemm to decode, cuBLAS to prefill")
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
@@ -48,7 +60,8 @@ def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "re
     """Bytes held by the weights of a linear (its bias aside) once it is ready for `kernel`.
 
     `reference` keeps what the file holds: 4-bit weights and zero points, 16-bit scales. The others
-    keep the weights in their own order and, for every group, a 16-bit scale and a 16-bit offset.
+    keep the weights in their own order and, for every group, two numbers of 16 bits: a scale, and
+    an offset or a zero point.
     """
     groups = inputs // group
     weights = inputs * outputs // 2
@@ -106,7 +119,7 @@ def choose_head(
     names = [name for name in HEAD_OPTIONS if name in allow]
     if not names:
         return None
-    if kernel != "cpu":
+    if kernel not in ("cpu", "native"):
         return HeadChoice(None, f"{names[0]} is not used: it is faster on the CPU in bfloat16 only")
     if inputs % HEAD_GROUP or outputs % 64:
         shape = f"{inputs} x {outputs}"

@@ -16,7 +16,14 @@ from PIL import Image
 from lowvram.cli.main import main
 from lowvram.errors import LowVRAMError, UsageError
 from lowvram.offload import Meter, open_device
-from lowvram.report import Level, PhaseReport, Report, history_of, write_report
+from lowvram.report import (
+    Level,
+    PhaseReport,
+    Report,
+    history_of,
+    longest_gap,
+    write_report,
+)
 from lowvram.report.axis import TimeAxis, byte_ticks
 from lowvram.report.colours import colour, readable_on
 from lowvram.report.history import Spell, bands, label, spells
@@ -103,6 +110,30 @@ def test_a_short_phase_is_widened_and_the_axis_says_so() -> None:
     assert even.to_scale and even.at(1) == pytest.approx(300)
     crowd = [Spell(str(i), i, i + 1) for i in range(30)]
     assert TimeAxis(crowd, 0, 900, 120).bounds[-1] == pytest.approx(900)
+
+
+def test_a_listener_waits_when_sound_comes_late() -> None:
+    assert longest_gap([], []) is None
+    assert longest_gap([3.0, 3.1, 3.2], [0.5, 0.1, 0.1]) == 0
+    # The first ends at 4.0, the second at 5.5; the third comes at 6.25, the last in time.
+    assert longest_gap([3.0, 4.5, 6.25, 6.5], [1.0, 1.0, 1.0, 1.0]) == 0.75
+
+
+def test_speed_is_told_for_each_part() -> None:
+    spent = {"talk": 4.0, "vocode": 0.5}
+    found = replace(
+        report(()), codes=100, audio_seconds=2.0, phase_seconds=spent, longest_gap_s=0.25
+    )
+    told = found.to_json()
+    assert (told["codes_per_s"], told["longest_gap_s"]) == (25.0, 0.25)
+    assert told["audio_per_second"] == {"talk": 0.5, "vocode": 4.0}
+    assert str(found).endswith(
+        "25.0 codes a second; talk 0.50 s of speech a second; "
+        "vocode 4.00 s of speech a second; longest gap 0.25 s"
+    )
+    silent = report(())
+    assert (silent.codes_per_s, silent.audio_per_second) == (None, {})
+    assert "gap" not in str(silent)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +236,11 @@ def test_run_writes_its_report(tmp_path: Path, capsys: Any) -> None:
         by_phase.setdefault(level["phase"], set()).update(level["held"])
     assert {TEXT, KV, MADE, "carry/prompt"} <= by_phase["prefill"]
     assert {"weights/talker", "weights/token2wav", "kv/talker"} <= by_phase["talk+vocode"]
+    parts = printed["report"]["phase_seconds"]
+    assert {"prefill", "decode", "talk", "vocode"} <= set(parts) and min(parts.values()) > 0
+    rate = printed["report"]["codes"] / parts["talk"]
+    assert printed["report"]["codes_per_s"] == pytest.approx(rate)
+    assert 0 <= printed["report"]["longest_gap_s"] < printed["report"]["total_s"]
     highest = max(sum(level["held"].values()) for level in written["history"])
     assert highest == written["measured_peak_bytes"]
 

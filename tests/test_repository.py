@@ -22,7 +22,7 @@ LONGEST_FILE = 400
 IMPORT_NAMES = {"pillow": "PIL"}
 """Distributions whose import name is not their own."""
 
-WHERE_PRESENT = {"torch_npu", "llama_cpp"}
+WHERE_PRESENT = {"torch_npu", "llama_cpp", "sounddevice"}
 """Libraries that are used only where they are installed, and never required."""
 
 

@@ -78,9 +78,14 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "plan":
         _add_lengths(parser)
     if verb == "run":
-        _add_output(parser, "where the speech goes; - is stdout (default: lowvram.wav)")
+        _add_output(
+            parser,
+            "where the speech goes; - is stdout, with text on stderr (default: lowvram.wav)",
+        )
     if verb == "chat":
         _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
+    if verb in ("run", "chat"):
+        parser.add_argument("--play", action="store_true", help="play the speech as it comes")
     if verb != "chat":
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     if verb in ("run", "chat", "bench"):

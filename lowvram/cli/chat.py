@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.output import Console, fail
+from lowvram.cli.play import open_player
 from lowvram.cli.reply import follow
 from lowvram.cli.request import MEDIA, Part, Request, media_part, read_request, text_part
 from lowvram.cli.run import OUTPUT
@@ -47,7 +48,9 @@ def main(args: Namespace, console: Console) -> int:
     with request.open_model() as omni:
         if request.note is not None:
             console.say(f"note: {request.note}")
-        session = Session(request, omni, args.output or OUTPUT, console, args.report)
+        session = Session(
+            request, omni, args.output or OUTPUT, console, args.report, play=args.play
+        )
         for part in request.content:
             if part["type"] == "text":
                 session.send(part["text"])
@@ -65,11 +68,14 @@ class Session:
         output: str,
         console: Console,
         report: str | None = None,
+        *,
+        play: bool = False,
     ) -> None:
         self._omni = omni
         self._chat = omni.chat()
         self._options: Options = {**request.options}
         self._speaks = request.speech
+        self._plays = play and request.speech
         self._attached: list[Part] = [p for p in request.content if p["type"] in MEDIA]
         self._output = output
         self._report = report
@@ -135,7 +141,10 @@ class Session:
         self._attached = []
         self._turns += 1
         sink = open_sink(numbered(self._output, self._turns)) if self._speaks else None
-        result = follow(self._chat.stream(content, **self._options), self._console, sink)
+        player = open_player(self._console) if self._plays else None
+        self._plays = player is not None
+        events = self._chat.stream(content, **self._options)
+        result = follow(events, self._console, sink, player=player)
         if sink is not None and result.report.audio_seconds:
             self._console.say(f"speech: {sink.name} ({result.report.audio_seconds:.2f} s)")
         if self._report is not None:

@@ -6,6 +6,8 @@ the arguments; 3 the request does not fit the memory; 130 interrupted.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from lowvram.cli.arguments import PROGRAM, parse
@@ -54,8 +56,7 @@ def command(
         print(f"{program}: interrupted{_detail(stopped)}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout has left; keep the interpreter from flushing to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         fail("standard output was closed before the reply was complete", program)
         return 1
     except Exception as error:
@@ -77,6 +78,8 @@ def _failed(error: Exception, verbose: int, program: str) -> int:
         fail(line, program)
         return 1
     if isinstance(error, OSError) and error.strerror:
+        if error.errno == errno.ENOSPC:
+            _leave_stdout()
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         fail(line, program)
         return 1
@@ -84,6 +87,12 @@ def _failed(error: Exception, verbose: int, program: str) -> int:
         traceback.print_exception(error)
     fail(f"unexpected {type(error).__name__}: {error} (-vv shows where it came from)", program)
     return 1
+
+
+def _leave_stdout() -> None:
+    """Its reader has left, or its disk is full: the interpreter must not flush to it at exit."""
+    with suppress(io.UnsupportedOperation):  # a stream in memory
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _detail(stopped: KeyboardInterrupt) -> str:

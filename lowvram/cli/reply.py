@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 
 from lowvram.cli.output import Console
+from lowvram.cli.play import Player
 from lowvram.cli.wav import Sink
 from lowvram.events import AudioChunk, Event, Finished, Result, TextDelta
 
@@ -16,6 +17,7 @@ def follow(
     sink: Sink | None,
     *,
     note: str | None = None,
+    player: Player | None = None,
 ) -> Result:
     """Pass every event on, and return the whole reply; `note` is said as soon as there is one.
 
@@ -40,6 +42,8 @@ def follow(
                     case AudioChunk():
                         if sink is not None:
                             sink.write(event.samples)
+                        if player is not None:
+                            player.write(event.samples)
                         seconds = len(event.samples) / event.sample_rate
                         spoken += seconds
                         console.spoken(seconds)
@@ -48,13 +52,19 @@ def follow(
         console.end_words()
         if sink is not None:
             sink.close()
+        if player is not None:
+            player.finish()
     except KeyboardInterrupt as stopped:
+        if player is not None:
+            player.stop()
         console.end_words()
         if sink is None or not spoken:
             raise
         sink.close()
         raise KeyboardInterrupt(f"{spoken:.1f} s of speech are in {sink.name}") from stopped
     except BaseException:
+        if player is not None:
+            player.stop()
         console.end_words()
         if sink is not None:
             sink.discard()

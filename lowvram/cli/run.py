@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.cli.arguments import POCKET
 from lowvram.cli.output import Console, print_json
+from lowvram.cli.play import open_player
 from lowvram.cli.reply import follow
 from lowvram.cli.request import GREETING, Request, read_request
 from lowvram.cli.wav import Sink, open_sink
@@ -35,7 +36,7 @@ def main(args: Namespace, console: Console) -> int:
         console.say(f"note: {args.model} does not speak: text only")
         sink = None
     try:
-        plan, result = _answer(request, console, sink)
+        plan, result = _answer(request, console, sink, play=args.play and request.speech)
     except DoesNotFitError as error:
         if args.json:
             print_json(_summary(error.plan, None, None) | {"fits": False, "error": str(error)})
@@ -65,13 +66,16 @@ def _sink(args: Namespace) -> Sink | None:
     return open_sink(args.output or OUTPUT)
 
 
-def _answer(request: Request, console: Console, sink: Sink | None) -> tuple[Plan, Result]:
+def _answer(
+    request: Request, console: Console, sink: Sink | None, *, play: bool
+) -> tuple[Plan, Result]:
     console.waiting(f"opening {request.model}")
     with request.open_model() as omni:
         plan = omni.plan(request.conversation, **request.options)
         console.detail(f"{plan}\n")
         events = omni.stream(request.conversation, **request.options)
-        return plan, follow(events, console, sink, note=request.note)
+        player = open_player(console) if play else None
+        return plan, follow(events, console, sink, note=request.note, player=player)
 
 
 def _summary(plan: Any, result: Result | None, path: str | None) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Speech as WAV (16-bit, 24 kHz, mono): a file that appears only when whole, or a stream."""
+"""Speech as WAV (16-bit, 24 kHz, mono): a file that is valid while it grows, or a stream."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from lowvram.errors import LowVRAMError, UsageError
 from lowvram.events import SAMPLE_RATE
@@ -30,57 +31,67 @@ class Sink(Protocol):
 
 
 class WavFile:
-    """A WAV file, written beside `path` under another name and moved there by `close`.
+    """A WAV file that opens at every moment: samples are appended, then counted in the header.
 
-    Whether it can be written is found out at once, before there is anything to write; a reply
-    without speech leaves no file.
+    Whether it can be written is found out at once, before there is anything to write. It appears
+    with the first sound, so that a reply without speech leaves no file; what was there before waits
+    beside it until `close`, and `discard` puts it back.
 
     Raises:
-        LowVRAMError: no such folder, a folder itself, or no permission.
+        LowVRAMError: no such folder, a folder itself, no permission, or no room.
     """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._target = path.resolve()  # a link stays a link
-        self._part = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
-        self._file: Any = None
+        self._before = self._target.with_name(f".{self._target.name}.{os.getpid()}.before")
+        self._file: io.FileIO | None = None
+        self._bytes = 0
         try:
             if self._target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if self._target.exists() and not os.access(self._target, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._part.touch()
-            self._part.unlink()
+            self._before.touch()
+            self._before.unlink()
         except OSError as error:
             raise _unwritable(self.name, error.strerror) from error
 
     def write(self, samples: np.ndarray) -> None:
-        import soundfile
-
+        data = pcm16(samples).tobytes()
         try:
             if self._file is None:
-                self._file = soundfile.SoundFile(
-                    self._part, "w", SAMPLE_RATE, channels=1, subtype="PCM_16", format="WAV"
-                )
-            self._file.write(pcm16(samples))
-        except soundfile.SoundFileError as error:
-            raise _unwritable(self.name, str(error)) from error
+                self._begin()
+            assert self._file is not None
+            _write_all(self._file, data)
+            self._bytes += len(data)
+            # A file that is cut off between the two holds samples that are not counted yet.
+            self._file.seek(0)
+            _write_all(self._file, header(self._bytes))
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise _unwritable(self.name, error.strerror) from error
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            try:
-                self._part.replace(self._target)
-            except OSError as error:
-                self._part.unlink(missing_ok=True)
-                raise _unwritable(self.name, error.strerror) from error
+            self._before.unlink(missing_ok=True)
             self._file = None
 
     def discard(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._part.unlink(missing_ok=True)
+            if self._before.exists():
+                self._before.replace(self._target)
+            else:
+                self._target.unlink(missing_ok=True)
             self._file = None
+
+    def _begin(self) -> None:
+        if self._target.exists():
+            self._target.replace(self._before)
+        self._file = io.FileIO(self._target, "w")
+        _write_all(self._file, header(0))
 
 
 class WavStream:
@@ -92,11 +103,14 @@ class WavStream:
         self._started = False
 
     def write(self, samples: np.ndarray) -> None:
-        if not self._started:
-            self._stream.write(stream_header())
-            self._started = True
-        self._stream.write(pcm16(samples).tobytes())
-        self._stream.flush()
+        try:
+            if not self._started:
+                self._stream.write(header(None))
+                self._started = True
+            self._stream.write(pcm16(samples).tobytes())
+            self._stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from error
 
     def close(self) -> None:
         if self._stream is not sys.stdout.buffer:
@@ -130,14 +144,23 @@ def pcm16(samples: np.ndarray) -> np.ndarray:
     return np.rint(samples.clip(-1, 1) * 32767).astype("<i2")
 
 
-def stream_header() -> bytes:
-    """The 44 bytes before the samples: RIFF, fmt (PCM, mono), data, both sizes unknown."""
+def header(nbytes: int | None) -> bytes:
+    """The 44 bytes before so many bytes of samples: RIFF, fmt (PCM, mono), data; None where nobody
+    knows yet how many there will be."""
+    riff, data = (UNKNOWN_SIZE,) * 2 if nbytes is None else (36 + nbytes, nbytes)
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",
-        *(b"RIFF", UNKNOWN_SIZE, b"WAVE"),
+        *(b"RIFF", riff, b"WAVE"),
         *(b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16),
-        *(b"data", UNKNOWN_SIZE),
+        *(b"data", data),
     )
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """All of it, or an OSError: a disk with little room takes a part first."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _unwritable(name: str, reason: str | None) -> LowVRAMError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ class Context:
     `scratch` is what packed weights are de-quantized into, and is given back after every phase.
 
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
-    same (see `engine/ladder.py`).
+    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name.
     """
 
     device: Device
@@ -43,6 +44,7 @@ class Context:
     scratch: Scratch = field(default_factory=Scratch)
     placements: dict[str, Placement] = field(init=False)
     notes: list[str] = field(default_factory=list)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
     _using: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -56,11 +58,14 @@ class Context:
         a phase that is entered once a token.
         """
         row = next(row.name for row in self.plan.phases if name in row.name.split("+"))
+        started = time.perf_counter()
         with self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
             try:
                 yield
             finally:
                 self.scratch.free()
+                spent = time.perf_counter() - started
+                self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + spent
 
     @contextmanager
     def use(self, part: str, kind: type[M]) -> Iterator[M]:

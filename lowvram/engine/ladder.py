@@ -7,11 +7,10 @@ Each rung changes no token. Below the last one the error goes on to the caller.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from lowvram.offload import format_size, out_of_memory
+from lowvram.offload import clear_frames, format_size, out_of_memory
 
 if TYPE_CHECKING:
     from lowvram.engine.context import Context
@@ -67,7 +66,7 @@ class Ladder:
 
     def _let_go(self, error: Exception) -> None:
         """The frames below would keep what they had allocated alive."""
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
         self._context.device.empty_cache()
 
     def _evict(self) -> bool:

@@ -31,6 +31,7 @@ from lowvram.events import SAMPLE_RATE, AudioChunk, TextDelta
 from lowvram.models.talker import Talker
 from lowvram.models.text import ThinkerText
 from lowvram.models.token2wav import Token2Wav
+from lowvram.report import longest_gap
 from lowvram.settings import GenerationSettings
 
 
@@ -64,6 +65,7 @@ class Run:
     codes: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     samples: list[np.ndarray] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
     first_text_s: float | None = None
     first_audio_s: float | None = None
     total_s: float = 0.0
@@ -84,8 +86,14 @@ class Run:
                 if self.first_audio_s is None:
                     self.first_audio_s = time.perf_counter() - self.started
                 self.samples.append(chunk.samples)
+                self.arrivals.append(time.perf_counter() - self.started)
                 yield chunk
         self.total_s = time.perf_counter() - self.started
+
+    @property
+    def longest_gap_s(self) -> float | None:
+        """The longest silence of a listener who plays each chunk as soon as it is there."""
+        return longest_gap(self.arrivals, [len(piece) / SAMPLE_RATE for piece in self.samples])
 
     @property
     def audio(self) -> np.ndarray | None:

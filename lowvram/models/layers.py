@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowvram.models.linear import LinearFactory
-from lowvram.quant import apply_all, join
+from lowvram.quant import apply_gated, join
 
 
 class RMSNorm(nn.Module):
@@ -36,9 +36,7 @@ class GatedMLP(nn.Module):
         self.down_proj = linear(f"{name}.down_proj", hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_all((self.gate_proj, self.up_proj), x)
-        # In place: the two [..., hidden] tensors are the peak of a decoder layer.
-        out: Tensor = self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        out: Tensor = self.down_proj(apply_gated(self.gate_proj, self.up_proj, x))
         return out
 
     def after_load(self) -> None:

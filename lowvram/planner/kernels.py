@@ -8,6 +8,9 @@ from typing import Literal
 QUERY_BLOCK, KEY_BLOCK, LONGEST_KEY_BLOCK = 256, 512, 8192
 """Rows and keys of the block-wise attention, as in `models/attention.py`."""
 
+CAUSAL_ROWS = 64
+"""Rows of a block of the CPU's causal attention, as there."""
+
 FLOAT = 4
 
 
@@ -20,12 +23,14 @@ class Kernels:
     `halves` two results that are joined in fp32; `blocks` a block of scores.
     `sampling`: bytes a logit that drawing takes, at most; `waiting`: fp32 logits of earlier steps
     that are still there, and that the device's own statistics count.
+    `joins`: packed linears of one input may give one result, whose halves go together.
     """
 
     wide_norms: bool
     attention: Literal["fused", "grouped", "halves", "blocks"]
     sampling: int
     waiting: int = 0
+    joins: bool = True
 
     def norm_bytes(self, width: int, itemsize: int) -> int:
         """One row of `width` on its way through a norm."""
@@ -42,7 +47,10 @@ class Kernels:
         if self.attention == "grouped":
             return 2 * out + rows * heads * FLOAT
         if self.attention == "halves":
-            return 4 * out + 3 * values * FLOAT + 4 * rows * heads * FLOAT
+            # The last block of the triangle, with its mask, is there while the halves are joined.
+            block = min(rows, CAUSAL_ROWS)
+            triangle = 2 * block * heads * dim + (1 + heads // kv_heads) * block * rows
+            return 2 * out + triangle * itemsize + 3 * values * FLOAT + 6 * rows * heads * FLOAT
         block = min(rows, QUERY_BLOCK)
         span = min(keys, QUERY_BLOCK * KEY_BLOCK // max(block, 1), LONGEST_KEY_BLOCK)
         scores = 2 * heads * block * span * FLOAT + block * span
@@ -53,10 +61,10 @@ class Kernels:
 _ACCELERATOR = Kernels(wide_norms=True, attention="grouped", sampling=8, waiting=2)
 
 _KERNELS = {
-    "meta": Kernels(wide_norms=False, attention="fused", sampling=0),
+    "meta": Kernels(wide_norms=False, attention="fused", sampling=0, joins=False),
     "cpu": Kernels(wide_norms=True, attention="halves", sampling=34),
     "cuda": _ACCELERATOR,
-    "npu": Kernels(wide_norms=True, attention="blocks", sampling=8, waiting=2),
+    "npu": Kernels(wide_norms=True, attention="blocks", sampling=8, waiting=2, joins=False),
 }
 
 

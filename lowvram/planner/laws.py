@@ -38,6 +38,11 @@ def rope_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     return 2 * tokens * decoder.head_dim * itemsize
 
 
+def tables_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """What making the tables of `rope_bytes` takes besides them, where they are made: in fp32."""
+    return 18 * tokens * decoder.head_dim - rope_bytes(decoder, tokens, itemsize) + SMALL
+
+
 def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Kernels) -> int:
     """One frame pair of `patches` patches through the tower."""
     width, inner = config.hidden_size * itemsize, config.intermediate_size * itemsize
@@ -53,7 +58,8 @@ def vision_bytes(config: VisionConfig, patches: int, itemsize: int, kernels: Ker
         2 * width + norm,
         turning,
         mixing + width,
-        4 * width + 2 * inner,
+        3 * width + 2 * inner,
+        4 * width + inner,
         4 * width,
         3 * width + 2 * merged,
     )
@@ -91,10 +97,12 @@ def layer_bytes(
     moments = (
         rows * (2 * width + norm),
         # Queries are turned, then keys; or both as one, where their linears are joined.
-        rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv, 4 * queries + 5 * kv)),
+        rows * (2 * width + max(4 * queries + 2 * kv, 2 * queries + 5 * kv)),
+        rows * (2 * width + 4 * queries + 5 * kv) * kernels.joins,
         rows * (2 * width + queries + 2 * kv) + attended,
         rows * (3 * width + 2 * queries + 2 * kv),
-        rows * (4 * width + 2 * inner),
+        rows * (3 * width + 2 * inner),
+        rows * (4 * width + (2 if kernels.joins else 1) * inner),
     )
     return max(moments) + rope_bytes(config, rows, itemsize)
 

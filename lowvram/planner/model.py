@@ -176,7 +176,9 @@ class ModelFacts:
                 self._largest_of_blocks(kernel, _loading),
                 head_loading_bytes(text.hidden_size, text.vocab_size) if head else 0,
             ),
-            scratch=self._largest_of_blocks(kernel, _scratch),
+            scratch=max(
+                self._largest_of_blocks(kernel, _scratch), self._scratch_of_refused(kernel)
+            ),
             scratch_streamed=self._largest_of_blocks("reference", _scratch),
         )
 
@@ -216,6 +218,19 @@ class ModelFacts:
                 joined[block] = joined.get(block, 0) + outputs
         shapes = {(inputs, outputs) for (_, inputs), outputs in joined.items()}
         return max((cost(i, o, group, kernel) for i, o in shapes), default=0)
+
+    @cached_property
+    def least_packed(self) -> int:
+        """4-bit weights of the smallest packed linear; 0 where there is none."""
+        shapes = (self._linears[name][:2] for name in self.packed)
+        return min((inputs * outputs for inputs, outputs in shapes), default=0)
+
+    def _scratch_of_refused(self, kernel: KernelName) -> int:
+        """What the reference takes for linears of a shape that `kernel` may refuse."""
+        group = self.config.quant.group_size if self.config.quant else 1
+        shapes = {self._linears[name][:2] for name in self.packed}
+        refused = [(i, o) for i, o in shapes if kernel != "reference" and (i % 64 or o % 64)]
+        return max((_scratch(i, o, group, "reference") for i, o in refused), default=0)
 
     @cached_property
     def _linears(self) -> dict[str, tuple[int, int, bool]]:

@@ -13,7 +13,7 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import transposed_copy_bytes, vocode_bytes
+from lowvram.planner.sound import native_bytes, vocode_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -145,6 +145,8 @@ class Request:
         between = self.between_layers("text") if by_layers and self.host_is_device else 0
         held = self._kv_bytes("text", kv)
         work = laws.prefill_bytes(text, tokens, size, chunk, self.kernels, by_layers=by_layers)
+        if between:
+            work = max(work, laws.tables_bytes(text, tokens, size))
         prefill = PhaseLoad(
             name="prefill",
             modules=("text",),
@@ -180,6 +182,8 @@ class Request:
             carry = 2 * row * (self.shape.tokens + self.settings.tokens)
             carry += self.between_layers("talker") if by_layers else 0
         work = laws.talk_bytes(config, tokens, size, chunk, self.kernels, by_layers=by_layers)
+        if by_layers and self.host_is_device:
+            work = max(work, laws.tables_bytes(config.decoder, tokens, size))
         return PhaseLoad(
             name="talk",
             modules=("talker",),
@@ -206,7 +210,7 @@ class Request:
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
-            workspace=transposed_copy_bytes(config.bigvgan) if self.host_is_device else 0,
+            workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
             activations=work,
             loading=self.reading("token2wav"),
         )

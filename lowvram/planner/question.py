@@ -46,7 +46,8 @@ class Question:
     @cached_property
     def packed_kernel(self) -> KernelChoice:
         """Of packed linears that stay."""
-        return preferred_kernel(self.facts.type, self.dtype.name, self.kernel)
+        least = self.model.least_packed
+        return preferred_kernel(self.facts.type, self.dtype.name, self.kernel, least)
 
     @cached_property
     def head(self) -> HeadChoice | None:

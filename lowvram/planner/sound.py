@@ -108,11 +108,12 @@ def _bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:
     return max(peak, entry) * FLOAT
 
 
-def transposed_copy_bytes(config: BigVGANConfig) -> int:
-    """What the CPU's transposed convolution takes besides its tensors: the weights in an order of
-    its own (49.6 to 53.2 MiB for 49.5 MiB of the 7B's first one, by the process's data segment)."""
+def native_bytes(config: BigVGANConfig) -> int:
+    """What the CPU's convolutions take besides their tensors, by the process's data segment: the
+    weights of a transposed one in an order of its own (49.6 to 53.2 MiB for the 49.5 MiB of the
+    7B's first), and as much again that oneDNN keeps for the next (about 55 MiB)."""
     channels, largest = config.upsample_initial_channel, 0
     for kernel in config.upsample_kernel_sizes:
         largest = max(largest, channels * (channels // 2) * kernel * FLOAT)
         channels //= 2
-    return largest + largest // 8
+    return 2 * largest + largest // 8

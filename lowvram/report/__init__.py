@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowvram.report.history import Level, history_of
 from lowvram.report.report import PhaseReport, Report, phase_rows
+from lowvram.report.timing import longest_gap
 from lowvram.report.write import SUFFIXES, check_report_path, write_report
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Report",
     "check_report_path",
     "history_of",
+    "longest_gap",
     "phase_rows",
     "write_report",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowvram.offload import format_size
@@ -30,6 +31,8 @@ class Report:
     `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
     makes, on a sample of the vocabulary; None where the head is as stored.
     `notes` say what was done otherwise than planned, because memory ran out all the same.
+    `phase_seconds` tells phases apart that interleave (`talk`, `vocode`). `longest_gap_s` is the
+    longest silence of a listener who played each chunk as it came; None without speech.
     `history` is what was held by whom from the start to the end.
     """
 
@@ -52,6 +55,8 @@ class Report:
     model: str = ""
     device: str = ""
     history: tuple[Level, ...] = ()
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    longest_gap_s: float | None = None
 
     @property
     def timeline(self) -> tuple[tuple[float, str, int], ...]:
@@ -66,10 +71,26 @@ class Report:
         spent = sum(p.seconds for p in self.phases if {"talk", "vocode"} & set(p.name.split("+")))
         return spent / self.audio_seconds
 
+    @property
+    def codes_per_s(self) -> float | None:
+        """Codes for each second of the Talker, its loading included; 50 are as fast as speech."""
+        seconds = self.phase_seconds.get("talk")
+        return self.codes / seconds if seconds and self.codes else None
+
+    @property
+    def audio_per_second(self) -> dict[str, float]:
+        """Seconds of speech for each second that `talk`, and that `vocode`, took."""
+        spent = {name: self.phase_seconds.get(name) for name in ("talk", "vocode")}
+        return {name: self.audio_seconds / s for name, s in spent.items() if s}
+
     def to_json(self, *, history: bool = False) -> dict[str, Any]:
-        """A JSON object with the field names above, `timeline` and `real_time_factor`; `history`,
-        which is long, where it is asked for."""
-        found = asdict(self) | {"real_time_factor": self.real_time_factor}
+        """A JSON object with the field names above, `timeline`, `real_time_factor`, `codes_per_s`
+        and `audio_per_second`; `history`, which is long, where it is asked for."""
+        found = asdict(self) | {
+            "real_time_factor": self.real_time_factor,
+            "codes_per_s": self.codes_per_s,
+            "audio_per_second": self.audio_per_second,
+        }
         found["history"] = [level._asdict() for level in self.history]
         found["timeline"] = self.timeline
         if not history:
@@ -112,6 +133,13 @@ class Report:
         if self.real_time_factor is not None:
             times.append(f"{self.real_time_factor:.2f} s per second of speech")
         lines.append("; ".join(times))
+        if self.longest_gap_s is not None:
+            speed = [f"{self.codes_per_s:.1f} codes a second"] if self.codes_per_s else []
+            speed += [
+                f"{name} {rate:.2f} s of speech a second"
+                for name, rate in self.audio_per_second.items()
+            ]
+            lines.append("; ".join([*speed, f"longest gap {self.longest_gap_s:.2f} s"]))
         if self.head_error is not None:
             lines.append(f"the rounded head moves logits by {self.head_error:.2%}")
         return "\n".join(lines)

@@ -32,7 +32,9 @@ class Kernel:
     `prepare(qweight, qzeros, scales, group)` makes the tensors that are held;
     `run(x, held, bias, group, phase, scratch)` multiplies x [M, K] by the weights and adds the
     bias; `joins` gives, for every held tensor, the axis along which several linears of one input
-    lie side by side as one, and is empty where there is nothing to gain from that.
+    lie side by side as one, and is empty where there is nothing to gain from that. While decoding,
+    `gated(x, held, bias, group)` multiplies silu of the first half of the outputs by the second,
+    where there is anything to gain.
     """
 
     name: KernelName
@@ -40,21 +42,25 @@ class Kernel:
     prepare: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
     run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
     joins: dict[str, int]
+    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int], Tensor] | None = None
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import cpu, reference, tinygemm
+    from . import cpu, native, reference, tinygemm
 
     modules: dict[KernelName, ModuleType] = {
         "cpu": cpu,
+        "native": native,
         "tinygemm": tinygemm,
         "reference": reference,
     }
     dtype = str(problem.dtype).removeprefix("torch.")
-    name, reason = preferred_kernel(problem.device, dtype, asked)
-    refused = modules[name].refusal(problem)
-    if refused is not None:
-        name, reason = "reference", f"the {name} kernel cannot: {refused}"
+    weights = problem.inputs * problem.outputs
+    name, reason = preferred_kernel(problem.device, dtype, asked, weights)
+    while (refused := modules[name].refusal(problem)) is not None:
+        reason = f"the {name} kernel cannot: {refused}"
+        name = "cpu" if name == "native" else "reference"
     module = modules[name]
-    return Kernel(name, reason, module.prepare, module.run, module.JOINS)
+    gated = native.gated if module is native else None
+    return Kernel(name, reason, module.prepare, module.run, module.JOINS, gated)

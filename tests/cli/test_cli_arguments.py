@@ -21,8 +21,8 @@ REPLY = (
 MEDIA = "--fps --max-frames --min-pixels --max-pixels --no-audio-in-video"
 REQUEST = f"{QUESTION} {PLACE} {REPLY} {MEDIA} --verbose --help"
 FLAGS = {
-    "run": f"{REQUEST} --output --report --json --quiet",
-    "chat": f"{REQUEST} --output --report --quiet",
+    "run": f"{REQUEST} --output --report --play --json --quiet",
+    "chat": f"{REQUEST} --output --report --play --quiet",
     "plan": f"{REQUEST} --json --video-seconds --audio-seconds --images --prompt-tokens",
     "doctor": "--model --offline --json --verbose --help",
     "bench": "--model --device --threads --allow --video-seconds --json --quiet --verbose --help",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def opened(folder: Path) -> LowVRAMOmni:
+def opened(folder: Path, *, speech: bool = True) -> LowVRAMOmni:
     sim.reset()
     sim.configure(limit=8 * GIB, context=FALLBACK_CONTEXT_BYTES, others=0)
-    return LowVRAMOmni.from_pretrained(folder, device="npu")
+    return LowVRAMOmni.from_pretrained(folder, device="npu", speech=speech)
 
 
 def squeezed(omni: LowVRAMOmni, left: int) -> Result:
@@ -92,14 +91,16 @@ def test_streaming_without_a_wait_is_found(
 
     @simulated
     def inside() -> None:
-        with opened(folder) as omni:
+        # Without speech the text model alone sets the peak, and only streaming makes it smaller.
+        with opened(folder, speech=False) as omni:
             omni.generate(WORDS, **SHORT)
             peak = torch.npu.max_memory_allocated()
-        for share in (0.75, 0.7, 0.65, 0.6, 0.55, 0.3):
-            with opened(folder) as omni:
-                # Also where it is refused in the end, for the vocoder's sake.
-                with suppress(DoesNotFitError):
+        for share in (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
+            with opened(folder, speech=False) as omni:
+                try:
                     squeezed(omni, int(peak * share))
+                except DoesNotFitError:
+                    continue
                 if omni._loader.bytes_streamed:
                     assert sim.races()
                     return

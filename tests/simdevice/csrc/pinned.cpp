@@ -132,6 +132,16 @@ void PinnedMemory::arriving(void* target, const void* bytes, size_t size, const 
   const auto end = begin + size;
   const auto* first = static_cast<const char*>(bytes);
   std::vector<char> kept(first, first + size);
+  // A page that an earlier copy has locked is shared with it: what follows is not the host's doing.
+  for (Flight& other : flights_) {
+    if (other.lock < 0 || end <= locks[other.lock].begin || locks[other.lock].end <= begin) continue;
+    if (locks[other.lock].touched) {
+      land(other);
+    } else {
+      unlock_pages(other.lock);
+      other.lock = -1;
+    }
+  }
   std::memset(target, kPoison, size);
   auto block = std::prev(blocks_.upper_bound(begin));
   // Nothing else lies between the end of a block's last tensor and the end of its page.

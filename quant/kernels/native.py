@@ -1,0 +1,215 @@
+"""The compiled kernels for CPUs: products that keep up with memory, and their way to 16 bits.
+
+One copy of the weights serves both phases, in an order of their own (`native/kernels.cpp`); scales
+keep the type in which they are stored, zero points are exact in it, and sums are in fp32: the
+weights are `(q - zero) * scale` without a rounding in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import NotBuilt, Processor, built, not_offered, processor
+from ..phase import Phase
+from ..scratch import Scratch
+from ..sizes import PIECE_WEIGHTS
+from . import Problem
+from .pieces import by_pieces, piece_columns
+
+JOINS = {"packed": 0, "scales_and_zeros": 0}
+
+BLOCK = 16
+"""Outputs that lie together."""
+
+FLOAT16, OFFSETS, GATED = 1, 2, 4
+"""Of which type pairs are, what the second is, and what is made of the outputs: as in
+`kernels.cpp`."""
+
+_SIGNATURES = {
+    "four_bits": "pnnnnppippup",
+    "eight_bits": "pnnnpppup",
+    "values": "ppinnnnpup",
+    "from_file": "pppinnnppup",
+    "from_rows": "pnnpup",
+}
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "u": ctypes.c_uint,
+}
+
+
+class Library:
+    """The library loaded, and the threads that torch computes with."""
+
+    def __init__(self, path: Path, team: int) -> None:
+        functions = ctypes.CDLL(str(path))
+        self._team = team
+        self._functions: dict[str, Callable[..., None]] = {}
+        for name, types in _SIGNATURES.items():
+            function = functions[f"lowvram_{name}"]
+            function.argtypes, function.restype = [_TYPES[each] for each in types], None
+            self._functions[name] = function
+
+    def call(self, name: str, *arguments: int | None) -> None:
+        """`lowvram_<name>` of numbers and addresses, on as many threads as torch would use."""
+        self._functions[name](*arguments, torch.get_num_threads(), self._team)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this kernel cannot do `problem`; None if it can. Builds the library where it may."""
+    if problem.dtype != torch.bfloat16:
+        return f"activations are in bfloat16, not in {problem.dtype}"
+    if problem.outputs % BLOCK or problem.group % BLOCK or problem.inputs % problem.group:
+        return f"{problem.outputs} outputs are no multiple of {BLOCK}"
+    refused = not_offered(problem.inputs * problem.outputs)
+    if refused is not None:
+        return refused
+    found = library(processor())
+    return found if isinstance(found, str) else None
+
+
+@cache
+def library(kind: Processor | None) -> Library | str:
+    """The library for a kind of processor, or why there is none; tried once."""
+    if kind is None:
+        return "the processor is of no known kind"
+    try:
+        return Library(built(kind), _team())
+    except (NotBuilt, OSError, AttributeError) as error:
+        return str(error)
+
+
+def _team() -> int:
+    """The function that runs work on the threads torch has: a second set would be in their way.
+
+    Raises:
+        NotBuilt: this torch has no threads that can be shared.
+    """
+    lib = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Looked up in what that library itself was linked with, also where there are several.
+        function = ctypes.CDLL(str(lib)).GOMP_parallel
+    except (OSError, AttributeError) as error:
+        raise NotBuilt(f"torch's own threads cannot be used: {error}") from error
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _library() -> Library:
+    found = library(processor())
+    assert not isinstance(found, str)  # or the kernel would have refused
+    return found
+
+
+def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict[str, Tensor]:
+    """Stored tensors -> uint8 [N/16, 8 K], and [N/16, K/g, 2, 16] of the scales' type."""
+    inputs, outputs = qweight.shape[0], scales.shape[1]
+    held = empty(inputs, outputs, group, scales.dtype, qweight.device)
+    packed, pairs = held
+    stored = [tensor.contiguous() for tensor in (qweight, qzeros, scales)]
+    form = FLOAT16 if scales.dtype == torch.float16 else 0
+    addresses = [tensor.data_ptr() for tensor in (*stored, packed, pairs)]
+    shape = (inputs, outputs, group)
+    _library().call("from_file", *addresses[:3], form, *shape, *addresses[3:])
+    return {"packed": packed, "scales_and_zeros": pairs}
+
+
+def empty(
+    inputs: int, outputs: int, group: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Room for the weights of a linear, and for what goes with each of its groups."""
+    blocks = outputs // BLOCK
+    packed = torch.empty(blocks, BLOCK * inputs // 2, dtype=torch.uint8, device=device)
+    pairs = torch.empty(blocks, inputs // group, 2, BLOCK, dtype=dtype, device=device)
+    return packed, pairs
+
+
+def run(
+    x: Tensor,
+    held: dict[str, Tensor],
+    bias: Tensor | None,
+    group: int,
+    phase: Phase,
+    scratch: Scratch,
+) -> Tensor:
+    """x bfloat16 [M, K] -> bfloat16 [M, N]."""
+    packed, pairs = held["packed"], held["scales_and_zeros"]
+    form = FLOAT16 if pairs.dtype == torch.float16 else 0
+    if phase == "decode":
+        return product(x, packed, pairs, form, group, bias)
+    inputs, outputs = x.shape[1], packed.shape[0] * BLOCK
+
+    def weights(columns: slice) -> Tensor:
+        count = columns.stop - columns.start
+        (out,) = scratch.take(packed.device, ((inputs, count), torch.bfloat16))
+        shape = (inputs, group, columns.start, count)
+        _library().call("values", packed.data_ptr(), pairs.data_ptr(), form, *shape, out.data_ptr())
+        return out
+
+    return by_pieces(
+        x, outputs, piece_columns(PIECE_WEIGHTS["native"], inputs, 4 * BLOCK), weights, bias
+    )
+
+
+def gated(x: Tensor, held: dict[str, Tensor], bias: Tensor | None, group: int) -> Tensor:
+    """bfloat16 [M, K] -> `silu(first half) * second half` of the outputs, bfloat16 [M, N / 2];
+    rounded where the operations one by one would be."""
+    pairs = held["scales_and_zeros"]
+    form = GATED | (FLOAT16 if pairs.dtype == torch.float16 else 0)
+    return product(x, held["packed"], pairs, form, group, bias)
+
+
+def product(
+    x: Tensor, packed: Tensor, pairs: Tensor, form: int, group: int, bias: Tensor | None
+) -> Tensor:
+    """bfloat16 [M, K] times prepared weights -> bfloat16 [M, N]; rounded once, with the bias."""
+    blocks, width = packed.shape
+    rows = _rows(x, width // (BLOCK // 2))
+    count, inputs = rows.shape
+    outputs = blocks * BLOCK
+    out = rows.new_empty(count, outputs // 2 if form & GATED else outputs)
+    _library().call(
+        "four_bits",
+        rows.data_ptr(),
+        count,
+        inputs,
+        outputs,
+        group,
+        packed.data_ptr(),
+        pairs.data_ptr(),
+        form,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def product_of_bytes(x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """bfloat16 [M, K] times int8 [N, K], row by row times bfloat16 [N] -> bfloat16 [M, N]."""
+    rows = _rows(x, weights.shape[1])
+    out = x.new_empty(len(x), len(weights))
+    shape = (len(x), x.shape[1], len(weights))
+    addresses = [tensor.data_ptr() for tensor in (rows, weights, scales, out)]
+    _library().call("eight_bits", addresses[0], *shape, *addresses[1:])
+    return out
+
+
+def _rows(x: Tensor, inputs: int) -> Tensor:
+    """What the library may read: it is given addresses alone."""
+    if x.dtype != torch.bfloat16 or x.shape[1] != inputs:
+        raise TypeError(f"{x.dtype} {list(x.shape)}; wanted bfloat16 [rows, {inputs}]")
+    return x.contiguous()
+
+
+def pack_rows(q: Tensor, packed: Tensor) -> None:
+    """uint8 [n, K] of 0..15 -> uint8 [n / 16, 8 K]."""
+    rows = q.contiguous()
+    _library().call("from_rows", rows.data_ptr(), rows.shape[1], len(rows), packed.data_ptr())
