@@ -60,6 +60,10 @@ class VocodeSettings:
         """New codes of a piece, counted from 0, unless the speech ends before."""
         return self.blocks[min(index, len(self.blocks) - 1)] * codes_per_block
 
+    def first_codes(self, codes_per_block: int) -> int:
+        """Codes after which there is sound, where speech has as many."""
+        return self.piece_codes(0, codes_per_block) + max(1, self.look_ahead * codes_per_block)
+
     def largest_pass(
         self, codes: int, frames_per_code: int = 2, codes_per_block: int = 12
     ) -> tuple[int, int]:
