@@ -20,6 +20,9 @@ MAX_NEW_TOKENS = 1024
 Solver = Literal["euler", "rk4"]
 SOLVERS: tuple[Solver, ...] = ("euler", "rk4")
 
+EVALUATIONS_PER_STEP: dict[Solver, int] = {"euler": 1, "rk4": 4}
+"""How often the solver asks the DiT for its velocity in a step of its time grid."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:

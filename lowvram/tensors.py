@@ -29,6 +29,10 @@ SPEECH_PARTS: tuple[Part, ...] = ("talker", "token2wav")
 
 EMBED_NAME = "thinker.model.embed_tokens.weight"
 HEAD_NAME = "thinker.lm_head.weight"
+
+PASSING_NAMES = ("attn_norm.linear.weight", "norm_out.linear.weight")
+"""How the names of weights end that no device holds: they pass through it when they are used."""
+
 AWQ_PACK = 8
 """4-bit values in one int32 of a packed tensor."""
 

@@ -8,7 +8,7 @@ phase, and from then on only takes the memory that it took, at its peak and for 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -113,8 +113,8 @@ def _kind(module: nn.Module) -> Hashable:
 
 
 def _shapes(values: Sequence[Any]) -> Hashable:
-    """Shapes of the tensors, and the numbers within lists (the windows of the vision tower); other
-    arguments say where in the prompt a call stands."""
+    """Shapes of the tensors, also within dataclasses, and the numbers within lists (the windows of
+    the vision tower); other arguments say where in the prompt a call stands."""
     return tuple(_shape(value) for value in values)
 
 
@@ -123,4 +123,6 @@ def _shape(value: Any) -> Hashable:
         return tuple(value.shape)
     if isinstance(value, list | tuple):
         return tuple(v if isinstance(v, int) else _shape(v) for v in value)
+    if is_dataclass(value):
+        return tuple(_shape(getattr(value, field.name)) for field in fields(value))
     return None

@@ -29,9 +29,9 @@ AUDIO_FRAMES = 100
 TOKENS_PER_SECOND = 781
 """Of a video with its sound, one frame pair a second: 11,715 for the card's 15 s."""
 
-REPLY_TOKENS, REPLY_CODES = 5, 132
+REPLY_TOKENS, REPLY_CODES = 5, 204
 """Steps that are run: what a longer reply takes is allocated before the first one. Codes enough
-for two pieces of speech, of which the second is as long as any."""
+for the first piece of speech that is as long as any, with what it looks ahead."""
 
 
 def video_prompt(config: ThinkerConfig, seconds: int) -> Prompt:

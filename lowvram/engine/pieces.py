@@ -11,33 +11,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowvram.errors import UsageError
-from lowvram.settings import SOLVERS, Solver
+from lowvram.settings import EVALUATIONS_PER_STEP, SOLVERS, Solver
 
 Stage = Literal["mel", "wave"]
-
-EVALUATIONS_PER_STEP: dict[Solver, int] = {"euler": 1, "rk4": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocodeSettings:
     """How codes become sound.
 
-    Mel frames come from passes over `chunk_codes` new codes with `left_codes` before them and
-    `right_codes` after them as context, the waveform from passes over the same number of frames
-    with `vocoder_left_frames` and `vocoder_right_frames` of context. The defaults are the constants
-    of `Qwen2_5OmniToken2WavModel.forward` in `low-VRAM-mode/` of QwenLM/Qwen2.5-Omni. `whole` makes
-    one pass of each over the whole utterance instead. `time_points` is the length of the solver's
-    time grid (10 in transformers), one more than its steps.
-
-    The codes of context are all that one evaluation of the DiT sees, but not all that several do:
-    chunks are close to the whole, not equal to it. The vocoder hears 34 frames to each side; 20
-    leave an error of about 1e-5.
+    Mel frames come in pieces of whole blocks (12 codes of the published models). `blocks` says how
+    many blocks each piece has, the last number again and again: small ones first, so that sound
+    begins early. A piece hears everything before it, and `look_ahead` blocks after it, which are
+    made again when their turn comes: with as many as the solver has evaluations its frames are
+    those of the whole utterance, with fewer they are close. The waveform follows from passes over
+    the new frames with `vocoder_left_frames` and `vocoder_right_frames` of context: the vocoder
+    hears 34 to each side, and 20 leave an error of about 1e-5. `whole` makes one pass of each over
+    the whole utterance instead. `time_points` is the length of the solver's time grid (10 in
+    transformers), one more than its steps.
     """
 
     solver: Solver = "euler"
-    chunk_codes: int = 48
-    left_codes: int = 24
-    right_codes: int = 12
+    blocks: tuple[int, ...] = (2, 2, 4, 8)
+    look_ahead: int = 1
     vocoder_left_frames: int = 20
     vocoder_right_frames: int = 20
     whole: bool = False
@@ -46,17 +42,12 @@ class VocodeSettings:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}")
-        if self.chunk_codes < 1 or self.time_points < 2:
+        if not self.blocks or min(self.blocks) < 1 or self.time_points < 2:
             raise UsageError(
-                f"chunk_codes is {self.chunk_codes} and time_points {self.time_points}; "
-                "wanted at least 1 and 2"
+                f"pieces of {self.blocks} blocks and {self.time_points} time points; "
+                "wanted one number of blocks or more, each at least 1, and at least 2 points"
             )
-        contexts = (
-            self.left_codes,
-            self.right_codes,
-            self.vocoder_left_frames,
-            self.vocoder_right_frames,
-        )
+        contexts = (self.look_ahead, self.vocoder_left_frames, self.vocoder_right_frames)
         if min(contexts) < 0:
             raise UsageError(f"a context of the vocoder is negative: {contexts}; wanted 0 or more")
 
@@ -65,15 +56,37 @@ class VocodeSettings:
         """Evaluations of the DiT in one pass; each runs a batch of two."""
         return (self.time_points - 1) * EVALUATIONS_PER_STEP[self.solver]
 
-    def largest_pass(self, codes: int, frames_per_code: int = 2) -> tuple[int, int]:
+    def piece_codes(self, index: int, codes_per_block: int) -> int:
+        """New codes of a piece, counted from 0, unless the speech ends before."""
+        return self.blocks[min(index, len(self.blocks) - 1)] * codes_per_block
+
+    def first_codes(self, codes_per_block: int) -> int:
+        """Codes after which there is sound, where speech has as many."""
+        return self.piece_codes(0, codes_per_block) + max(1, self.look_ahead * codes_per_block)
+
+    def largest_pass(
+        self, codes: int, frames_per_code: int = 2, codes_per_block: int = 12
+    ) -> tuple[int, int]:
         """Mel frames of the longest pass of the DiT and of the vocoder, in speech up to `codes`."""
         speech = codes * frames_per_code
         if self.whole:
             return speech, speech
-        chunk = self.chunk_codes * frames_per_code
-        mel = (self.left_codes + self.right_codes) * frames_per_code + chunk
-        wave = self.vocoder_left_frames + self.vocoder_right_frames + chunk
-        return min(mel, speech), min(wave, speech)
+        ahead = self.look_ahead * codes_per_block
+        left, right = self.vocoder_left_frames, self.vocoder_right_frames
+        longest = max(self.blocks) * codes_per_block * frames_per_code
+        mel = wave = done = 0
+        for index in range(len(self.blocks) + 1):
+            size = self.piece_codes(index, codes_per_block)
+            # A piece that others follow, or one that ends the speech.
+            here = min(codes - done, size + ahead)
+            mel = max(mel, here * frames_per_code)
+            waiting = here * frames_per_code + (right if done else 0)
+            ending = min(longest, waiting) + min(right, max(0, waiting - longest))
+            wave = max(wave, left + max(ending, min(size * frames_per_code + right, waiting)))
+            done += size
+            if done >= codes:
+                break
+        return mel, min(wave, speech)
 
 
 @dataclass(frozen=True)
@@ -98,11 +111,15 @@ class Pass:
 class Schedule:
     """Says which pass can run next, as codes are added and the speech ends."""
 
-    def __init__(self, settings: VocodeSettings, frames_per_code: int = 2) -> None:
+    def __init__(
+        self, settings: VocodeSettings, frames_per_code: int = 2, codes_per_block: int = 12
+    ) -> None:
         self.settings = settings
         self.frames_per_code = frames_per_code
+        self.codes_per_block = codes_per_block
         self.codes = 0
         self.finished = False
+        self._pieces = 0
         self._mel_done = 0
         self._wave_done = 0
 
@@ -121,17 +138,18 @@ class Schedule:
             self._wave_done = step.keep_to
         else:
             self._mel_done = step.keep_to
+            self._pieces += 1
 
     def _next_mel(self) -> Pass | None:
         s, done = self.settings, self._mel_done
-        start = max(0, done - s.left_codes)
+        size = s.piece_codes(self._pieces, self.codes_per_block)
+        ahead = s.look_ahead * self.codes_per_block
         # One code more even without context: the end of the speech is made after `finish` only, so
-        # that it does not matter whether the end was known when the last full chunk could run.
-        if not s.whole and self.codes - done >= s.chunk_codes + max(s.right_codes, 1):
-            keep_to = done + s.chunk_codes
-            return Pass("mel", start, keep_to + s.right_codes, done, keep_to)
+        # that it does not matter whether the end was known when the last full piece could run.
+        if not s.whole and self.codes - done >= size + max(ahead, 1):
+            return Pass("mel", done, done + size + ahead, done, done + size)
         if self.finished and self.codes > done:
-            return Pass("mel", start, self.codes, done, self.codes)
+            return Pass("mel", done, self.codes, done, self.codes)
         return None
 
     def _next_wave(self) -> Pass | None:
@@ -142,14 +160,17 @@ class Schedule:
         ready = made if ended else made - s.vocoder_right_frames
         if ready <= done:
             return None
-        keep_to = min(ready, done + s.chunk_codes * self.frames_per_code)
+        longest = max(s.blocks) * self.codes_per_block * self.frames_per_code
+        keep_to = min(ready, done + longest)
         start = max(0, done - s.vocoder_left_frames)
         return Pass("wave", start, min(made, keep_to + s.vocoder_right_frames), done, keep_to)
 
 
-def passes(settings: VocodeSettings, codes: int, frames_per_code: int = 2) -> Iterator[Pass]:
+def passes(
+    settings: VocodeSettings, codes: int, frames_per_code: int = 2, codes_per_block: int = 12
+) -> Iterator[Pass]:
     """Every pass over speech of `codes` codes, in the order in which they run."""
-    schedule = Schedule(settings, frames_per_code)
+    schedule = Schedule(settings, frames_per_code, codes_per_block)
     schedule.add(codes)
     schedule.finish()
     while step := schedule.next():

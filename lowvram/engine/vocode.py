@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowvram.engine.pieces import Pass, Schedule, VocodeSettings
 from lowvram.engine.voice import Voice
-from lowvram.errors import UsageError
+from lowvram.models.past import Past
 from lowvram.models.token2wav import Token2Wav, Utterance
 
 
@@ -69,24 +69,17 @@ class SpeechStream:
         noise: NoiseSource,
         settings: VocodeSettings,
     ) -> None:
-        """
-        Raises:
-            UsageError: chunks or left context that do not begin where the DiT's blocks do.
-        """
-        block = token2wav.code2wav_dit_model.config.codes_per_block
-        if settings.chunk_codes % block or settings.left_codes % block:
-            raise UsageError(
-                f"speech in chunks of {settings.chunk_codes} codes after {settings.left_codes} "
-                f"cuts through the vocoder's blocks; wanted multiples of {block}"
-            )
         self._token2wav = token2wav
         self._voice = voice
         self._noise = noise
         self._settings = settings
         self._frames_per_code = token2wav.repeats
-        self._schedule = Schedule(settings, token2wav.repeats)
+        self._schedule = Schedule(
+            settings, token2wav.repeats, token2wav.code2wav_dit_model.config.codes_per_block
+        )
         self._codes: list[int] = []
         self._utterance: Utterance | None = None
+        self._past: Past | None = None
         self._mel: Tensor | None = None
         self._mel_start = 0
 
@@ -121,10 +114,16 @@ class SpeechStream:
             self._utterance = self._token2wav.prepare(
                 self._voice, self._settings.solver, self._settings.time_points
             )
+            self._past = None if self._settings.whole else self._token2wav.past(self._utterance)
         scale = self._frames_per_code
         noise = self._noise.window(step.start * scale, step.stop * scale)
-        mel = self._token2wav.mel(self._utterance, self._codes[step.start : step.stop], noise)
-        new = mel[(step.keep_from - step.start) * scale : (step.keep_to - step.start) * scale]
+        new = self._token2wav.mel(
+            self._utterance,
+            self._codes[step.start : step.stop],
+            noise,
+            self._past,
+            step.keep_to - step.start if step.keep_to < step.stop else None,
+        )
         self._mel = new.clone() if self._mel is None else torch.cat((self._mel, new))
 
     def _make_wave(self, step: Pass) -> SpeechPiece:

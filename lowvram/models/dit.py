@@ -7,8 +7,9 @@ before (`look_backward_layers`) or after (`look_ahead_layers`) their own.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from lowvram.config import DiTConfig
 from lowvram.models.attention import attention
 from lowvram.models.ecapa import SpeakerEncoder
+from lowvram.models.modulation import Modulation, TimeEmbedding
+from lowvram.models.past import Neighbour
 
 GUIDANCE = 0.5
 """Weight of classifier-free guidance: the default of `Qwen2_5OmniToken2WavModel.forward`."""
 
-TIME_FEATURES = 256
-TIME_SCALE = 1000.0
 NORM_EPSILON = 1e-6
 SHIFTS_PER_LAYER = 6
 
@@ -42,8 +43,9 @@ class Speaker:
 class Condition:
     """What stays the same over all evaluations of one piece of `n` codes.
 
-    `codes` is [n, hidden], the conditioned input besides the mel; `rope` is a pair of tables
-    [n * repeats, head_dim / 2] of cosines and sines.
+    `codes` is [n, hidden], the conditioned input besides the mel; `rope` is a pair of tables of
+    cosines and sines whose last n * repeats rows [.., head_dim / 2] are for its frames, and those
+    before them for what a `Neighbour` keeps.
     """
 
     codes: Tensor
@@ -64,10 +66,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(config.hidden_size, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, config.hidden_size)])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q = _rotate_first_head(self.to_q(x).unflatten(-1, self.split), rope)
-        k = _rotate_first_head(self.to_k(x).unflatten(-1, self.split), rope)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Neighbour | None) -> Tensor:
+        k = self.to_k(x).unflatten(-1, self.split)
         v = self.to_v(x).unflatten(-1, self.split)
+        if past is not None and self.look_back:
+            k, v = past.joined(k, v)
+        k = _rotate_first_head(k, rope)
+        q = _rotate_first_head(self.to_q(x).unflatten(-1, self.split), rope)
         heads = block_attention(
             q, k, v, block=self.block, look_back=self.look_back, look_ahead=self.look_ahead
         )
@@ -78,8 +83,9 @@ def _rotate_first_head(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates pairs of neighbouring values of head 0 of [B, T, heads, D], in place.
 
     The pairs come out as two halves, which queries and keys share and their product does not see.
+    The last frame takes the tables' last row.
     """
-    cos, sin = rope
+    cos, sin = (table[-x.shape[1] :] for table in rope)
     even, odd = x[:, :, 0, 0::2], x[:, :, 0, 1::2]
     x[:, :, 0] = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return x
@@ -90,18 +96,20 @@ def block_attention(
 ) -> Tensor:
     """Attention of [B, T, heads, D] within blocks of frames and their neighbours; no mask.
 
-    Blocks count from frame 0 and the last may be short. Blocks that see equally many keys run as
-    one batch: the inner ones, and each kind of block at the edges.
+    Blocks count from the first query and the last may be short; keys and values may begin earlier.
+    Blocks that see equally many keys run as one batch: the inner ones, and each kind of block at
+    the edges.
     """
     pieces = []
+    past = k.shape[1] - q.shape[1]
     for first, count, queries, before, keys in _alike_blocks(
-        q.shape[1], block, look_back, look_ahead
+        q.shape[1], block, look_back, look_ahead, past
     ):
         start = first * block
         piece = attention(
             _windows(q, start, count, queries, block),
-            _windows(k, start - before, count, keys, block),
-            _windows(v, start - before, count, keys, block),
+            _windows(k, past + start - before, count, keys, block),
+            _windows(v, past + start - before, count, keys, block),
             causal=False,
         )
         # [B * count, heads, queries, D] -> [B, count * queries, heads, D]
@@ -110,13 +118,13 @@ def block_attention(
 
 
 def _alike_blocks(
-    frames: int, block: int, look_back: int, look_ahead: int
+    frames: int, block: int, look_back: int, look_ahead: int, past: int
 ) -> list[tuple[int, int, int, int, int]]:
     """Runs of blocks with the same shape: (first block, blocks, queries, frames before, keys)."""
     runs: list[tuple[int, int, int, int, int]] = []
     for i, start in enumerate(range(0, frames, block)):
         queries = min(block, frames - start)
-        before = min(look_back * block, start)
+        before = min(look_back * block, past + start)
         keys = before + min((1 + look_ahead) * block, frames - start)
         if runs and runs[-1][2:] == (queries, before, keys):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1, queries, before, keys)
@@ -135,19 +143,6 @@ def _windows(x: Tensor, start: int, count: int, length: int, step: int) -> Tenso
     ]
     windows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return windows.flatten(0, 1).transpose(1, 2)
-
-
-class Modulation(nn.Module):
-    """Holds the linear that turns a time embedding into shifts, scales and gates (adaLN)."""
-
-    def __init__(self, hidden: int, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self.linear = nn.Linear(hidden, rows * hidden)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """[E, hidden] -> [E, rows, hidden]."""
-        return self.linear(time).unflatten(-1, (self.rows, -1))
 
 
 class FeedForward(nn.Module):
@@ -179,33 +174,20 @@ class Block(nn.Module):
         )
         self.ff = FeedForward(config.hidden_size, config.hidden_size * config.ff_mult)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: Neighbour | None = None,
+    ) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(0)
-        x = x.add_(self.attn(_modulated(x, scale, shift), rope).mul_(gate))
+        x = x.add_(self.attn(_modulated(x, scale, shift), rope, past).mul_(gate))
         return x.add_(self.ff(_modulated(x, ff_scale, ff_shift)).mul_(ff_gate))
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON).mul_(1 + scale).add_(shift)
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoidal features of a time, then a small network: [E] on the host -> [E, hidden]."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.time_mlp = nn.Sequential(
-            nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-        )
-
-    def forward(self, times: Tensor) -> Tensor:
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(
-            torch.arange(half, dtype=torch.float32, device="cpu") * -(math.log(10000) / (half - 1))
-        )
-        angles = TIME_SCALE * times[:, None] * frequencies
-        features = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.time_mlp(features.to(next(self.time_mlp.parameters())))
 
 
 class CodeEmbedding(nn.Module):
@@ -249,6 +231,10 @@ class DiT(nn.Module):
         self.norm_out = Modulation(config.hidden_size, 2)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
 
+    @property
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.transformer_blocks]
+
     @torch.no_grad()
     def modulate(self, times: Tensor) -> Tensor:
         """Every layer's shifts, scales and gates at `times` (fp32 [E] on the host).
@@ -256,11 +242,10 @@ class DiT(nn.Module):
         Returns [E, 6 * layers + 2, hidden]; an index of the first axis is what `forward` takes.
         """
         time = F.silu(self.time_embed(times))
-        norms = [block.get_submodule("attn_norm") for block in self.transformer_blocks]
-        out = time.new_empty(len(times), SHIFTS_PER_LAYER * len(norms) + 2, time.shape[1])
-        for i, norm in enumerate([*norms, self.norm_out]):
-            rows = norm(time)
-            out[:, SHIFTS_PER_LAYER * i : SHIFTS_PER_LAYER * i + rows.shape[1]] = rows
+        norms = [*(block.attn_norm for block in self._blocks), self.norm_out]
+        out = time.new_empty(len(times), sum(norm.rows for norm in norms), time.shape[1])
+        for norm, rows in zip(norms, out.split([norm.rows for norm in norms], 1), strict=True):
+            norm(time, rows)
         return out
 
     @torch.no_grad()
@@ -278,15 +263,19 @@ class DiT(nn.Module):
         return Speaker(voiced + F.linear(cond[0], cond_weight), silent + code_zero)
 
     @torch.no_grad()
-    def condition(self, codes: Tensor, speaker: Speaker) -> Condition:
-        """The constant input of one piece; `codes` is int64 [n] on the device."""
+    def condition(self, codes: Tensor, speaker: Speaker, past_frames: int = 0) -> Condition:
+        """The constant input of one piece; `codes` is int64 [n] on the device.
+
+        Of `past_frames` before it keys and values are kept in a `Past`.
+        """
         code_weight = self.input_embed.weights()[2]
         embedded = F.linear(self.text_embed.codec_embed(codes), code_weight)
-        rope = self._rope(codes.shape[0] * self.config.repeats, embedded)
+        rope = self._rope(past_frames + codes.shape[0] * self.config.repeats, embedded)
         return Condition(embedded + speaker.conditioned, speaker.unconditioned, rope)
 
     def _rope(self, frames: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [frames, head_dim / 2], counted from the first frame of the piece."""
+        """Cosines and sines [frames, head_dim / 2]. Only distances matter, so frames count from
+        the first that is seen, and angles stay small however long the speech is."""
         size = self.config.head_dim
         steps = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
         inverse = 1.0 / self.config.rope_theta ** (steps / size)
@@ -294,13 +283,23 @@ class DiT(nn.Module):
         return angles.cos().to(like), angles.sin().to(like)
 
     @torch.no_grad()
-    def forward(self, mel: Tensor, modulation: Tensor, condition: Condition) -> Tensor:
-        """The guided velocity at one time, [T, mel_dim] as `mel`; T is `repeats` frames a code."""
+    def forward(
+        self,
+        mel: Tensor,
+        modulation: Tensor,
+        condition: Condition,
+        past: Sequence[Neighbour] = (),
+    ) -> Tensor:
+        """The guided velocity at one time, [T, mel_dim] as `mel`; T is `repeats` frames a code.
+
+        `past` has one `Neighbour` for each layer that looks back, if the piece is not the whole.
+        """
         x = self._input(mel, condition)
-        for block, rows in zip(
-            self.transformer_blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True
-        ):
-            x = block(x, rows, condition.rope)
+        neighbours = iter(past)
+        for block, rows in zip(self._blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True):
+            x = block(
+                x, rows, condition.rope, next(neighbours, None) if block.attn.look_back else None
+            )
         scale, shift = modulation[-2:].unbind(0)
         conditioned, unconditioned = self.proj_out(_modulated(x, scale, shift)).unbind(0)
         return conditioned + (conditioned - unconditioned) * GUIDANCE

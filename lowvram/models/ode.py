@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowvram.settings import Solver
+from lowvram.settings import EVALUATIONS_PER_STEP, Solver
 
 SWAY = -1.0
 """Sway sampling (F5-TTS, arXiv 2410.06885): below 0 the grid is denser near the noise."""
@@ -27,6 +27,11 @@ def time_grid(points: int) -> Tensor:
     """
     times = torch.linspace(0, 1, points, dtype=torch.float32, device="cpu")
     return times + SWAY * (torch.cos(torch.pi / 2 * times) - 1 + times)
+
+
+def evaluations(points: int, solver: Solver) -> int:
+    """How often `integrate` asks for the field on a grid of so many points."""
+    return (points - 1) * EVALUATIONS_PER_STEP[solver]
 
 
 def field_times(grid: Tensor, solver: Solver) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from lowvram.config import OmniConfig
 from lowvram.errors import CheckpointError
 from lowvram.models.bigvgan import BigVGAN
 from lowvram.models.dit import DiT, Speaker
-from lowvram.models.ode import field_times, integrate, time_grid
+from lowvram.models.ode import evaluations, field_times, integrate, time_grid
+from lowvram.models.past import Past
 from lowvram.settings import Solver
 
 if TYPE_CHECKING:
@@ -60,12 +62,28 @@ class Token2Wav(nn.Module):
         modulation = dit.modulate(field_times(grid, solver))
         return Utterance(solver, grid, dit.speaker(voice.cond, voice.ref_mel), modulation)
 
+    def past(self, utterance: Utterance) -> Past:
+        """What the pieces of one utterance hand on to each other; empty, for its first."""
+        dit = self.code2wav_dit_model
+        calls = evaluations(len(utterance.grid), utterance.solver)
+        return Past(dit.config, calls, dit.proj_out.weight)
+
     @torch.no_grad()
-    def mel(self, utterance: Utterance, codes: Sequence[int], noise: Tensor) -> Tensor:
+    def mel(
+        self,
+        utterance: Utterance,
+        codes: Sequence[int],
+        noise: Tensor,
+        past: Past | None = None,
+        final: int | None = None,
+    ) -> Tensor:
         """Mel frames [n * repeats, mel_dim] of `n` codes, on the device.
 
         Args:
-            noise: fp32 of the same shape as the result, on any device: the start of the flow.
+            noise: fp32 for every frame of `codes`, on any device: the start of the flow.
+            past: of the utterance's earlier pieces; it is led on to the end of this one.
+            final: how many of the codes, whole blocks, this piece is about: n. The others are what
+                follows, and are heard as far as they reach. Without it, nothing follows.
 
         Raises:
             CheckpointError: a code that the codec's table has no row for.
@@ -74,13 +92,21 @@ class Token2Wav(nn.Module):
         dit = self.code2wav_dit_model
         weight = dit.proj_out.weight
         condition = dit.condition(
-            torch.tensor(codes, dtype=torch.int64).to(weight.device), utterance.speaker
+            torch.tensor(codes, dtype=torch.int64).to(weight.device),
+            utterance.speaker,
+            past.frames if past else 0,
         )
+        frames = None if final is None else final * self.repeats
+        calls = itertools.count()
 
         def velocity(time: int, state: Tensor) -> Tensor:
-            return dit(state, utterance.modulation[time], condition)
+            neighbours = past.neighbours(next(calls), frames) if past else ()
+            return dit(state, utterance.modulation[time], condition, neighbours)
 
-        return integrate(velocity, noise.to(weight), utterance.grid, utterance.solver)
+        mel = integrate(velocity, noise.to(weight), utterance.grid, utterance.solver)
+        if past:
+            past.advance()
+        return mel[:frames]
 
     def check_codes(self, codes: Sequence[int]) -> None:
         """Refuses codes outside the table on the host: on a device they would end the process.

@@ -20,9 +20,6 @@ MODULES: tuple[Part, ...] = ("visual", "audio", "text", "talker", "token2wav")
 
 CHUNK_COUNTS = range(1, len(CHUNKS) + 1)
 
-FIRST_CODES = 60
-"""Before the first piece of speech is made (`VocodeSettings`: a chunk, and what it looks ahead)."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -153,7 +150,7 @@ class Choices:
     def _can_interleave(self) -> bool:
         """Shorter speech, or speech made in one piece, is vocoded when the Talker is done."""
         settings = self.request.settings
-        return not settings.whole_speech and settings.codes >= FIRST_CODES
+        return not settings.whole_speech and settings.codes >= self.request.first_codes
 
     def _thinking(
         self, room: int, resident: frozenset[Part], limits: Limits, chunks: Sequence[int]
@@ -196,7 +193,7 @@ class Choices:
         if talk is None:
             return Choice(resident, False, think, None, seconds, 0.0)
         vocoding = self.works["vocode"].seconds(self.rates)
-        share = min(1.0, FIRST_CODES / expected_codes(self.request))
+        share = min(1.0, self.request.first_codes / expected_codes(self.request))
         speech = to_load["talker"] + to_load["token2wav"]
         first = seconds + speech + share * vocoding + (share if interleaved else 1) * talk.seconds
         seconds += speech + talk.seconds + vocoding

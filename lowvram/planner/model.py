@@ -28,6 +28,7 @@ from lowvram.quant import (
 from lowvram.specs import VOICE_FRAMES
 from lowvram.tensors import (
     HEAD_NAME,
+    PASSING_NAMES,
     Part,
     Shape,
     expected_tensors,
@@ -60,6 +61,7 @@ class PartSizes:
 
     `loading` is what bringing it to the device takes besides it, `scratch` what computing with
     packed weights takes besides them, `scratch_streamed` the same where some are streamed.
+    `passing` is read when the part is first used, and never held.
     """
 
     rest: int
@@ -68,6 +70,7 @@ class PartSizes:
     loading: int = 0
     scratch: int = 0
     scratch_streamed: int = 0
+    passing: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -82,7 +85,7 @@ class PartSizes:
     def halved(self) -> PartSizes:
         """The same with weights of half the bytes each."""
         units = tuple(Unit(unit.held // 2, unit.blob // 2, unit.packed) for unit in self.units)
-        return replace(self, rest=self.rest // 2, units=units)
+        return replace(self, rest=self.rest // 2, units=units, passing=self.passing // 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,18 +149,20 @@ class ModelFacts:
     ) -> PartSizes:
         space = _aligned if aligned else _exact
         size = 4 if part == "token2wav" else itemsize
-        rest = 0
+        rest = passing = 0
         layers: dict[int, dict[str, Shape]] = {}
         for name, shape in self._by_part.get(part, {}).items():
             place = layer_of(name)
             if place is not None:
                 layers.setdefault(place[1], {})[name] = shape
+            elif name.endswith(PASSING_NAMES):
+                passing += math.prod(shape) * size
             elif name != HEAD_NAME:
                 rest += space(math.prod(shape) * size)
         units = [self._layer(layers[index], size, kernel, space) for index in sorted(layers)]
         count = len(units)
         if part != "text":
-            return PartSizes(rest, tuple(units), count)
+            return PartSizes(rest, tuple(units), count, passing=passing)
         text = self.config.thinker.text
         if head is None:
             units += _head_pieces(text.vocab_size, text.hidden_size, size)

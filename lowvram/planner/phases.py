@@ -194,15 +194,26 @@ class Request:
             loading=self.reading("talker"),
         )
 
+    @property
+    def pieces(self) -> VocodeSettings:
+        """How codes become sound."""
+        return VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
+
+    @property
+    def first_codes(self) -> int:
+        """Codes before the first piece of speech can be made."""
+        dit = self.model.config.dit
+        assert dit is not None
+        return self.pieces.first_codes(dit.codes_per_block)
+
     def vocode(self) -> PhaseLoad:
         """Sound from codes."""
         config = self.model.config
         assert config.dit is not None and config.bigvgan is not None
-        pieces = VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
         work = vocode_bytes(
             config.dit,
             config.bigvgan,
-            pieces,
+            self.pieces,
             self.settings.codes,
             self.model.voice_frames,
             self.kernels,

@@ -40,7 +40,7 @@ def moved_bytes(choices: Choices, choice: Choice, on_device: Collection[str]) ->
     """Bytes of weights that come to the device: what is loaded, and what streams while a reply of
     the expected length is made."""
     loaded = sum(
-        _held(choices, choice, module)
+        _held(choices, choice, module) + choices.request.sizes[module].passing
         for module in choices.used
         if not (module in on_device and module in choice.resident)
     )
@@ -96,8 +96,9 @@ def _row(
     else:
         parts |= {"slabs": slabs, "kv": load.kv, "activations": load.activations}
         parts["workspace"] = library + load.workspace
-    loaded = sum(_held(choices, choice, m) for m in brought)
-    read = sum(choices.weights[m] for m in brought)  # what streams as well, once
+    passing = sum(choices.request.sizes[m].passing for m in brought)
+    loaded = passing + sum(_held(choices, choice, m) for m in brought)
+    read = passing + sum(choices.weights[m] for m in brought)  # what streams as well, once
     loading_s, computing_s = loading(read, choices.rates), phase.work.seconds(choices.rates)
     return PhasePlan(
         name=load.name,

@@ -21,16 +21,18 @@ def vocode_bytes(
     kernels: Kernels,
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
-    window, frames = settings.largest_pass(codes, dit.repeats)
+    window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
     steps = settings.time_points - 1
     # As `field_times` of models/ode.py: neighbouring steps of rk4 share a time.
     times = steps if settings.solver == "euler" else 3 * steps + 1
     kept = _modulation_bytes(dit, times)
-    mel = (window + frames) * dit.mel_dim * FLOAT
+    pieces = not settings.whole and codes > settings.piece_codes(0, dit.codes_per_block)
+    past = _past_bytes(dit, settings.evaluations) if pieces else 0
+    mel = past + (window + frames) * dit.mel_dim * FLOAT
     states = 3 if settings.solver == "euler" else 7
     moments = (
-        # Of two layers at a time, before they are kept.
-        times * (1 + 2 * 6) * dit.hidden_size * FLOAT,
+        # A row of one layer at a time, and the weight that makes it.
+        (3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT,
         _voice_bytes(dit, voice_frames),
         mel + _dit_bytes(dit, window, kernels) + states * window * dit.mel_dim * FLOAT,
         mel + _bigvgan_bytes(bigvgan, frames),
@@ -41,6 +43,12 @@ def vocode_bytes(
 def _modulation_bytes(config: DiTConfig, times: int) -> int:
     """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
     return times * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
+
+
+def _past_bytes(config: DiTConfig, evaluations: int) -> int:
+    """Keys and values of a block, for both branches, of every layer that looks back."""
+    values = config.block_size * config.num_attention_heads * config.head_dim
+    return evaluations * len(config.look_backward_layers) * 2 * 2 * values * FLOAT
 
 
 def _voice_bytes(config: DiTConfig, frames: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowvram.config import DecoderConfig
-from lowvram.engine.pieces import VocodeSettings, passes
+from lowvram.engine.pieces import passes
 from lowvram.planner.phases import Home, Request
 from lowvram.planner.seconds import EXPECTED_CODES, EXPECTED_TOKENS, UNPACKING_BYTES, Work
 from lowvram.planner.streaming import Cut, Source
@@ -67,10 +67,10 @@ def audio_work(request: Request) -> Work:
 
 def vocode_work(request: Request) -> Work:
     """The DiT reads its weights once an evaluation; the vocoder's share is about a tenth of it."""
-    settings = VocodeSettings(solver=request.settings.solver, whole=request.settings.whole_speech)
-    pieces = [one for one in passes(settings, expected_codes(request)) if one.stage == "mel"]
-    dit = request.model.config.dit
+    settings, dit = request.pieces, request.model.config.dit
     assert dit is not None
+    steps = passes(settings, expected_codes(request), dit.repeats, dit.codes_per_block)
+    pieces = [one for one in steps if one.stage == "mel"]
     frames = sum(one.length for one in pieces) * dit.repeats
     weights = request.sizes["token2wav"].total
     evaluations = settings.evaluations

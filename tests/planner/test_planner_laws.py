@@ -155,7 +155,8 @@ def vocoder(name: str) -> Any:
 # The 3B's vocoder is the 7B's.
 @pytest.mark.parametrize("name", ["7B", "pocket"])
 @pytest.mark.parametrize(
-    ("solver", "codes", "whole"), [("euler", 1, False), ("euler", 130, False), ("rk4", 70, True)]
+    ("solver", "codes", "whole"),
+    [("euler", 1, False), ("euler", 300, False), ("rk4", 300, False), ("rk4", 70, True)],
 )
 def test_vocoder(name: str, solver: Any, codes: int, whole: bool) -> None:
     config = CONFIGS[name]
