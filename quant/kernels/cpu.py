@@ -19,6 +19,7 @@ from ..sizes import PIECE_WEIGHTS
 from . import Problem
 from .pieces import by_pieces, piece_columns, scales_and_offsets
 from .reference import unpack
+from .words import in_order
 
 JOINS = {"packed": 0, "scales_and_offsets": 1}
 
@@ -127,22 +128,13 @@ def _order() -> Order:
 def _repack(qweight: Tensor) -> Tensor:
     """int32 [K, n/8] as stored -> uint8 [n, K/2] in aten's order."""
     order, inputs = _order(), qweight.shape[0]
-    # Even outputs lie in the low half of a word, odd ones in the high: byte by byte, side by side.
-    words = qweight.contiguous()
-    even, odd = words & 0xFFFF, (words >> 16) & 0xFFFF
-    pairs = (_spread(even) | _spread(odd) << 4).view(torch.uint8)
+    pairs = in_order(qweight.contiguous()).view(torch.uint8)
     outputs = pairs.new_empty(inputs, pairs.shape[1], 2)
     outputs[..., 0], outputs[..., 1] = pairs & 15, pairs >> 4
     blocks = outputs.view(inputs, -1, order.block)
     # Nibbles do not overlap, so a sum joins them; unlike shift and or it is vectorized.
     joined = torch.add(blocks[..., order.low], blocks[..., order.high], alpha=16)
     return joined.transpose(0, 1).reshape(-1, inputs // 2)
-
-
-def _spread(nibbles: Tensor) -> Tensor:
-    """Four nibbles in the low half of each int32 -> one in the low half of each byte."""
-    bytes_apart = (nibbles | nibbles << 8) & 0x00FF00FF
-    return (bytes_apart | bytes_apart << 4) & 0x0F0F0F0F
 
 
 def _dequantize(packed: Tensor, pairs: Tensor, group: int, scratch: Scratch) -> Tensor:

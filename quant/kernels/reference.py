@@ -15,6 +15,7 @@ from ..scratch import Scratch
 from ..sizes import PIECE_WEIGHTS
 from . import Problem
 from .pieces import by_pieces, piece_columns
+from .words import into_floats
 
 JOINS: dict[str, int] = {}
 
@@ -87,10 +88,16 @@ def dequantize_into(
 ) -> None:
     """Stored tensors, or some of their columns -> `values`, float32 [K, N]; `nibbles`, int32 of
     that shape, is overwritten."""
-    unpack(qweight, nibbles)
-    values.copy_(nibbles)
     grouped = values.view(-1, group, values.shape[1])
-    grouped.sub_(unpack(qzeros).float().unsqueeze(1)).mul_(scales.float().unsqueeze(1))
+    if values.device.type == "npu":
+        into_floats(qweight, values, nibbles.view(torch.float32))
+        zeros = values.new_empty(scales.shape)
+        into_floats(qzeros, zeros, torch.empty_like(zeros))
+    else:
+        unpack(qweight, nibbles)
+        values.copy_(nibbles)
+        zeros = unpack(qzeros).float()
+    grouped.sub_(zeros.unsqueeze(1)).mul_(scales.float().unsqueeze(1))
 
 
 def unpack(packed: Tensor, out: Tensor | None = None) -> Tensor:

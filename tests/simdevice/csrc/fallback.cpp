@@ -17,19 +17,22 @@ namespace {
 using at::Tensor;
 using c10::IValue;
 
+constexpr const char* kShift = "torch_npu 2.7 sends it to the host; divide floats, or do it there";
+
 // Ascend has no kernel, or none that keeps a static graph; the model code does without them.
 const std::map<std::string, const char*> kRefused = {
     {"aten::masked_scatter", "how much it reads depends on data; use index_copy"},
     {"aten::masked_scatter_", "how much it reads depends on data; use index_copy_"},
     {"aten::masked_select", "its shape depends on data; use where"},
     {"aten::kaiser_window", "build the window on the CPU"},
+    {"aten::bitwise_left_shift", kShift},
+    {"aten::bitwise_right_shift", kShift},
+    {"aten::__lshift__", kShift},
+    {"aten::__rshift__", kShift},
 };
 
 // No kernel either, but torch_npu sends them to the host and back by itself, which is slow.
-const std::set<std::string> kOnHost = {
-    "aten::bitwise_left_shift", "aten::bitwise_right_shift", "aten::__rshift__", "aten::__lshift__",
-    "aten::isin",
-};
+const std::set<std::string> kOnHost = {"aten::isin"};
 
 class Call {
  public:
