@@ -69,9 +69,11 @@ def download(hub_id: str, *, offline: bool, files: Sequence[str] = FILES) -> Pat
             "`hf auth login`, or give a folder"
         ) from error
     except LocalEntryNotFoundError as error:
-        how = "and --offline is set: leave it out" if offline else "and the hub cannot be reached"
+        why = "the hub cannot be reached: try again"
+        if offline:
+            why = "--offline is set: leave it out"
         raise CheckpointError(
-            f"{hub_id} is not in the cache, {how}, or give the folder of a checkpoint"
+            f"{hub_id} is not in the cache, and {why}, or give the folder of a checkpoint"
         ) from error
     except Exception as error:  # The client lets its network library's errors through.
         raise CheckpointError(

@@ -307,7 +307,7 @@ def test_a_hub_model_from_the_cache(
     [
         ("GatedRepoError", "accept its terms"),
         ("RepositoryNotFoundError", "has no model"),
-        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached: try again, or give the"),
         (None, r"cannot be downloaded \(no route"),
     ],
 )

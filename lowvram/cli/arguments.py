@@ -41,7 +41,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(
             f"unknown verb {argv[0]!r}; wanted {', '.join(VERBS)} (a prompt goes after -p)"
         )
-    return build_parser(argv[0]).parse_args(argv)
+    args, unknown = build_parser(argv[0]).parse_known_args(argv)
+    if unknown:
+        hint = f"see {PROGRAM} {args.verb} --help"
+        if not unknown[0].startswith("-") and "prompt" in args:
+            hint = f"a prompt goes after -p; {hint}"
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+    return args
 
 
 def build_parser(verb: str) -> Parser:
@@ -114,7 +120,10 @@ def _add_model(parser: argparse._ActionsContainer) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=("decode", "memory"), help="speed of decoding here, or memory anywhere"
+        "what",
+        choices=("decode", "memory"),
+        metavar="{decode,memory}",
+        help="speed of decoding here, or memory anywhere",
     )
     parser.add_argument(
         "-m",

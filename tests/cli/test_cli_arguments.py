@@ -84,7 +84,7 @@ def test_version(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--imge", "a"], "unrecognized arguments: --imge a (see lowvram-demo --help)"),
+        (["--imge", "a"], "unrecognized arguments: --imge a (see lowvram-demo run --help)"),
         (["--max-mem", "1GiB"], "unrecognized arguments: --max-mem 1GiB"),
         (["plna"], "unknown verb 'plna'; wanted run, chat, plan, doctor, bench (a prompt"),
         (
@@ -109,7 +109,13 @@ def test_version(capsys: Any) -> None:
         (["--max-frames", "1"], "max_frames is 1; wanted a whole number, 2 or more"),
         (["--min-pixels", "9", "--max-pixels", "8"], "min_pixels is 9 and max_pixels 8; wanted"),
         (["plan", "-q"], "unrecognized arguments: -q"),
-        (["doctor", "-p", "hi"], "unrecognized arguments: -p hi"),
+        (["run", "hi"], "unrecognized arguments: hi (a prompt goes after -p; see lowvram-demo run"),
+        (["doctor", "-p", "hi"], "unrecognized arguments: -p hi (see lowvram-demo doctor --help)"),
+        (["doctor", "hi"], "unrecognized arguments: hi (see lowvram-demo doctor --help)"),
+        (
+            ["bench"],
+            "the following arguments are required: {decode,memory} (see lowvram-demo bench",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_code_2(
