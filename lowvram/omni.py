@@ -29,7 +29,7 @@ from lowvram.offload import (
     open_device,
     out_of_memory,
 )
-from lowvram.options import Conversation, Options, split_options, with_system
+from lowvram.options import Conversation, Options, repeating, split_options, with_system
 from lowvram.parts import Kernel, build_parts
 from lowvram.planner import (
     DeviceFacts,
@@ -240,6 +240,17 @@ class LowVRAMOmni:
         text = "".join(run.text)
         yield Finished(Result(text, run.audio, report, tuple(run.tokens), tuple(run.codes)))
 
+    def speak(
+        self, text: str, **options: Unpack[Options]
+    ) -> Generator[TextDelta | AudioChunk | Finished, None, None]:
+        """A given text as speech: `stream` of a conversation whose reply it is.
+
+        Raises:
+            As `stream`; UsageError also for an empty text, and without a voice.
+        """
+        options["say"] = text
+        return self.stream(repeating(text), **options)
+
     def chat(self, **options: Unpack[Options]) -> Chat:
         """A conversation that remembers its turns."""
         return Chat(self, options)
@@ -263,10 +274,18 @@ class LowVRAMOmni:
     def _settings(self, options: Options) -> tuple[GenerationSettings, MediaSettings]:
         """The request's settings; the voice is checked here, before anything is read."""
         settings, media = split_options(options, seed=self._seed, speech=self._speech)
+        if (text := options.get("say")) is not None:
+            settings = settings.saying(self._words(text))
         settings = settings.completed(self.checkpoint.generation)
         if settings.speech:
             settings = replace(settings, speaker=self.checkpoint.check_speaker(settings.speaker))
         return settings, media
+
+    def _words(self, text: str) -> list[int]:
+        tokens = self._tokenizer.encode(text.strip())
+        if not tokens:
+            raise UsageError("the text to say is empty; wanted a word or more")
+        return tokens
 
     def _prompting(self, settings: GenerationSettings, media: MediaSettings) -> dict[str, Any]:
         return {

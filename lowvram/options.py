@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
     `temperature` (0 is greedy), `top_p`, `top_k`, `repetition_penalty`: how text is drawn; the
     same with `talker_` before it: how codes are drawn.
     `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: vocode
-    in one piece. `system`: a system prompt for conversations without one. `fps`, `max_frames`,
+    in one piece. `say`: this text is the reply, and is spoken; no other is drawn. `system`: a
+    system prompt for conversations without one. `fps`, `max_frames`,
     `min_pixels`, `max_pixels`: how video and images are sampled. `use_audio_in_video`: hear the
     sound track of videos (True).
     """
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     solver: Solver
     whole_speech: bool
+    say: str | None
     system: str | None
     fps: float
     max_frames: int
@@ -77,6 +79,11 @@ def split_options(
             "return_audio is set, but this model was loaded without speech or has none; "
             "load it with speech=True, or a checkpoint with a Talker"
         )
+    if given.get("say") is not None and not (speech and given.get("return_audio") is not False):
+        raise UsageError(
+            "say is set, but nothing is to be spoken; use a model with a Talker, and leave "
+            "speech and return_audio on"
+        )
     wanted = given.get("return_audio")
     own_seed = given.get("seed")
     settings = GenerationSettings(
@@ -98,6 +105,11 @@ def with_system(conversation: Conversation, system: str | None) -> list[Mapping[
     if system is None or (messages and messages[0].get("role") == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def repeating(text: str) -> list[Mapping[str, Any]]:
+    """The question to which `text` is the reply, for a text that is to be spoken."""
+    return [{"role": "user", "content": f"Repeat after me, word for word: {text}"}]
 
 
 def _picked(given: Mapping[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -57,7 +58,8 @@ class GenerationSettings:
     `speaker` None takes the checkpoint's first voice. `max_new_tokens` bounds the text, and
     `max_speech_seconds` the speech; they size the KV caches. None takes the checkpoint's own bound,
     and where it names none that of transformers: 1024 tokens, 4096 codes (81.92 s).
-    `whole_speech` vocodes the utterance in one piece instead of in chunks.
+    `whole_speech` vocodes the utterance in one piece instead of in chunks. `reply` are the tokens
+    of the reply where it is given and not drawn; `max_new_tokens` then has one more.
     """
 
     speech: bool = True
@@ -69,6 +71,7 @@ class GenerationSettings:
     seed: int = 0
     solver: Solver = "euler"
     whole_speech: bool = False
+    reply: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -86,6 +89,10 @@ class GenerationSettings:
             max_new_tokens=tokens or defaults.max_new_tokens or MAX_NEW_TOKENS,
             max_speech_seconds=seconds or defaults.max_codes / CODES_PER_SECOND,
         )
+
+    def saying(self, reply: Sequence[int]) -> GenerationSettings:
+        """The same settings for a reply that is given."""
+        return replace(self, reply=tuple(reply), max_new_tokens=len(reply) + 1)
 
     @property
     def tokens(self) -> int:

@@ -90,6 +90,12 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if verb == "chat":
         _add_output(parser, "a folder, or a .wav name to number (default: lowvram.wav)")
+    if verb == "run":
+        parser.add_argument(
+            "--speech-only",
+            metavar="TEXT",
+            help="speak this text and make no other; - reads it from stdin",
+        )
     if verb in ("run", "chat"):
         parser.add_argument("--play", action="store_true", help="play the speech as it comes")
     if verb != "chat":

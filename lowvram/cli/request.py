@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.cli.arguments import POCKET
 from lowvram.conversation import MediaSettings
 from lowvram.errors import LowVRAMError, UsageError
-from lowvram.options import Options, split_options
+from lowvram.options import Options, repeating, split_options
 from lowvram.planner import check_options
 from lowvram.settings import GenerationSettings
 
@@ -125,9 +125,10 @@ def read_request(args: Namespace) -> Request:
         LowVRAMError: standard input that is not text.
     """
     check_options(args.allow)
+    say = _to_say(args)
     request = Request(
         model=args.model,
-        content=tuple(_content(args)),
+        content=tuple(_content(args, say)),
         options={
             "speaker": args.speaker,
             "max_new_tokens": args.max_tokens,
@@ -136,6 +137,7 @@ def read_request(args: Namespace) -> Request:
             "top_p": args.top_p,
             "top_k": args.top_k,
             "solver": args.solver,
+            "say": say,
             "system": None if args.system is None else _text("--system", args.system),
             "fps": args.fps,
             "max_frames": args.max_frames,
@@ -163,20 +165,35 @@ def media_part(kind: str, place: str) -> Part:
     return {"type": kind, kind: place}
 
 
-def _content(args: Namespace) -> list[Part]:
+def _to_say(args: Namespace) -> str | None:
+    """The text of --speech-only, of the verbs that have it."""
+    given: str | None = vars(args).get("speech_only")
+    if given is None:
+        return None
+    if args.no_speech:
+        raise UsageError("--speech-only and --no-speech exclude each other")
+    if given == args.prompt == "-":
+        raise UsageError("-p - and --speech-only - both want standard input; give one as text")
+    text = _standard_input() if given == "-" else _text("--speech-only", given).strip()
+    if not text:
+        raise UsageError("--speech-only is empty; give the text that is to be spoken")
+    return text
+
+
+def _content(args: Namespace, say: str | None) -> list[Part]:
     """Media in the order of their kinds, then the text, as in the model cards' examples."""
     parts = [media_part(kind, place) for kind in MEDIA for place in getattr(args, kind)]
     if args.prompt is None:
-        return parts
+        return parts if say is None or parts else [text_part(repeating(say)[0]["content"])]
     text = _standard_input() if args.prompt == "-" else _text("-p", args.prompt)
     return [*parts, text_part(text)] if text.strip() else parts
 
 
 def _standard_input() -> str:
     try:
-        return _text("-p -", sys.stdin.read().strip())
+        return _text("standard input", sys.stdin.read().strip())
     except UnicodeDecodeError as error:
-        raise LowVRAMError(f"-p -: standard input is not UTF-8 text ({error.reason})") from error
+        raise LowVRAMError(f"standard input is not UTF-8 text ({error.reason})") from error
 
 
 def _text(flag: str, value: str) -> str:

@@ -83,11 +83,12 @@ class Context:
 
     def _look_ahead(self, part: str) -> None:
         """Have what the next phase loads read from the disk while this one computes."""
-        last = max(i for i, row in enumerate(self.plan.phases) if part in row.modules)
-        for row in self.plan.phases[last + 1 :][:1]:
-            for name in row.modules:
-                if not self.loader.is_resident(name):
-                    self.loader.expect(name)
+        rows = self.plan.phases
+        first = next(i for i, row in enumerate(rows) if part in row.modules)
+        later = ([m for m in row.modules if m not in rows[first].modules] for row in rows[first:])
+        for name in next(filter(None, later), ()):
+            if not self.loader.is_resident(name):
+                self.loader.expect(name)
 
     def load(self, part: str) -> nn.Module:
         """The part in its present placement; nothing is done if it is there."""
@@ -143,12 +144,20 @@ class Context:
     @contextmanager
     def carried(self, key: str, *tensors: torch.Tensor) -> Iterator[None]:
         """Count tensors that wait on the host, where host memory is what the budget bounds."""
-        if self.device.type == "cpu":
-            self.meter.hold("carry", key, sum(t.nbytes for t in tensors), tensors)
+        self.carry(key, *tensors)
         try:
             yield
         finally:
-            self.meter.release("carry", key)
+            self.let_go(key)
+
+    def carry(self, key: str, *tensors: torch.Tensor) -> None:
+        """The same until `let_go`, in the place of what was carried under that key."""
+        if self.device.type == "cpu":
+            self.meter.hold("carry", key, sum(t.nbytes for t in tensors), tensors)
+
+    def let_go(self, key: str) -> None:
+        """What was carried under that key is gone, if anything was."""
+        self.meter.release("carry", key)
 
     @contextmanager
     def kv_cache(

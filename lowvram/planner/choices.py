@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Literal
 
 from lowvram.planner.device import DeviceFacts
 from lowvram.planner.laws import CHUNKS
@@ -13,12 +14,23 @@ from lowvram.planner.options import ANY, Limits, Option, PartOptions
 from lowvram.planner.phases import PhaseLoad, Request
 from lowvram.planner.seconds import ASSUMED_RATES, Work, loading
 from lowvram.planner.streaming import Source
-from lowvram.planner.work import audio_work, expected_codes, vision_work, vocode_work
+from lowvram.planner.work import (
+    audio_work,
+    expected_codes,
+    expected_tokens,
+    vision_work,
+    vocode_work,
+)
 from lowvram.tensors import Part
 
 MODULES: tuple[Part, ...] = ("visual", "audio", "text", "talker", "token2wav")
 
 CHUNK_COUNTS = range(1, len(CHUNKS) + 1)
+
+
+Order = Literal["together", "interleaved", "staged"]
+"""When speech is made: while the Thinker writes; with the vocoder while codes are drawn; with the
+vocoder after the last code."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Choice:
     """
 
     resident: frozenset[Part]
-    interleaved: bool
+    order: Order
     think: Option
     talk: Option | None
     seconds: float
@@ -85,6 +97,20 @@ class Choices:
         return PartOptions(self.request, "talker", self.rates, self.source, self.vocode)
 
     @cached_property
+    def together(self) -> PartOptions:
+        """The Thinker with Talker and vocoder, of which nothing streams."""
+        assert self.vocode is not None
+        talk = self.request.talk("device", CHUNKS[0], False).joined(self.vocode)
+        return PartOptions(self.request, "text", self.rates, self.source, talk)
+
+    @cached_property
+    def _whole_talker(self) -> Option:
+        """The Talker as it runs together with the Thinker."""
+        found = self.staged.fastest(ENDLESS, _WHOLE, CHUNKS[:1])
+        assert found is not None
+        return found
+
+    @cached_property
     def works(self) -> dict[str, Work]:
         """Of the phases without options."""
         every = {"vision": vision_work, "audio": audio_work, "vocode": vocode_work}
@@ -135,40 +161,61 @@ class Choices:
         for count in range(len(self._candidates) + 1):
             for kept in combinations(self._candidates, count):
                 resident = frozenset(kept)
+                if not self._towers_fit(room, resident):
+                    continue
+                if self._can_interleave:
+                    think = self._thinking_aloud(room, resident, limits)
+                    if think is not None:
+                        yield self._choice(resident, "together", think, self._whole_talker)
                 think = self._thinking(room, resident, limits, chunks)
                 if think is None:
                     continue
                 if self.vocode is None:
-                    yield self._choice(resident, False, think, None)
+                    yield self._choice(resident, "staged", think, None)
                     continue
-                for interleaved in (True, False) if self._can_interleave else (False,):
-                    talk = self._talking(room, resident, interleaved, chunks)
+                for order in _APART if self._can_interleave else _APART[1:]:
+                    talk = self._talking(room, resident, order, chunks)
                     if talk is not None:
-                        yield self._choice(resident, interleaved, think, talk)
+                        yield self._choice(resident, order, think, talk)
 
     @property
     def _can_interleave(self) -> bool:
         """Shorter speech, or speech made in one piece, is vocoded when the Talker is done."""
         settings = self.request.settings
+        if self.vocode is None:
+            return False
         return not settings.whole_speech and settings.codes >= self.request.first_codes
+
+    def _towers_fit(self, room: int, resident: frozenset[Part]) -> bool:
+        return all(
+            self._alone(phase) + self.beside(resident, phase.modules) <= room
+            for phase in self.towers
+        )
+
+    def _thinking_aloud(
+        self, room: int, resident: frozenset[Part], limits: Limits
+    ) -> Option | None:
+        """How the Thinker runs beside Talker, vocoder and what stays; None where it does not fit,
+        or is not to have its keys and values there."""
+        if limits.kv == "host":
+            return None
+        beside = self.beside(resident | {"talker", "token2wav"}, ("text",))
+        return self.together.fastest(room - beside, _WHOLE, CHUNKS[:1])
 
     def _thinking(
         self, room: int, resident: frozenset[Part], limits: Limits, chunks: Sequence[int]
     ) -> Option | None:
-        """How the Thinker runs beside what stays; None where it, or a tower, does not fit."""
-        for phase in self.towers:
-            if self._alone(phase) + self.beside(resident, phase.modules) > room:
-                return None
+        """How the Thinker runs beside what stays; None where it does not fit."""
         if "text" in resident:
             limits = replace(limits, streams=False)
         return self.think.fastest(room - self.beside(resident, ("text",)), limits, chunks)
 
     def _talking(
-        self, room: int, resident: frozenset[Part], interleaved: bool, chunks: Sequence[int]
+        self, room: int, resident: frozenset[Part], order: Order, chunks: Sequence[int]
     ) -> Option | None:
         assert self.vocode is not None
         limits = Limits(streams="talker" not in resident)
-        if interleaved:
+        if order == "interleaved":
             beside = self.beside(resident | {"token2wav"}, ("talker",))
             return self.joined.fastest(room - beside, limits, chunks)
         if self._alone(self.vocode) + self.beside(resident, ("token2wav",)) > room:
@@ -178,7 +225,7 @@ class Choices:
     def _choice(
         self,
         resident: frozenset[Part],
-        interleaved: bool,
+        order: Order,
         think: Option,
         talk: Option | None,
     ) -> Choice:
@@ -191,10 +238,25 @@ class Choices:
             seconds += self.works[phase.name].seconds(self.rates)
             seconds += sum(to_load[m] for m in phase.modules)
         if talk is None:
-            return Choice(resident, False, think, None, seconds, 0.0)
+            return Choice(resident, order, think, None, seconds, 0.0)
         vocoding = self.works["vocode"].seconds(self.rates)
-        share = min(1.0, self.request.first_codes / expected_codes(self.request))
+        codes = self.request.first_codes
+        share = min(1.0, codes / expected_codes(self.request))
         speech = to_load["talker"] + to_load["token2wav"]
-        first = seconds + speech + share * vocoding + (share if interleaved else 1) * talk.seconds
+        first = seconds + speech + share * vocoding
+        first += (1 if order == "staged" else share) * talk.seconds
+        if order == "together":
+            # A code for every token, as long as there are tokens.
+            unwritten = max(0.0, 1 - (codes + 1) / expected_tokens(self.request))
+            first -= unwritten * self.think.works(think)[-1].seconds(self.rates)
         seconds += speech + talk.seconds + vocoding
-        return Choice(resident, interleaved, think, talk, seconds, first)
+        return Choice(resident, order, think, talk, seconds, first)
+
+
+ENDLESS = 2**60
+"""More bytes than any device has."""
+
+_WHOLE = Limits(streams=False, kv="device")
+
+_APART: tuple[Order, Order] = ("interleaved", "staged")
+"""Orders in which the Talker waits for the Thinker."""

@@ -157,6 +157,11 @@ def decode_bytes(
     return max(step + waiting + SMALL, drawing_bytes(config, kernels))
 
 
+def waiting_bytes(config: DecoderConfig, kernels: Kernels) -> int:
+    """Between two steps of a decoder: logits to draw from, and those that wait from before."""
+    return (1 + kernels.waiting) * config.vocab_size * FLOAT
+
+
 def talk_bytes(
     config: TalkerConfig,
     tokens: int,

@@ -59,7 +59,8 @@ _Way = tuple[Cut, Home, int, int]
 class PartOptions:
     """Every option of one part that may be the best within some amount of memory.
 
-    `join` is what runs interleaved with it, or None; its module's weights do not count here.
+    `join` is what runs interleaved with its last phase, or None; the weights of that do not count
+    here.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class PartOptions:
 
     def _phases(self, kv: Home, chunk: int, streams: bool) -> list[PhaseLoad]:
         if self._part == "text":
-            return self._request.think(kv, chunk, streams)
-        talk = self._request.talk(kv, chunk, streams)
-        return [talk if self._join is None else talk.joined(self._join)]
+            phases = self._request.think(kv, chunk, streams)
+        else:
+            phases = [self._request.talk(kv, chunk, streams)]
+        return phases if self._join is None else [*phases[:-1], phases[-1].joined(self._join)]

@@ -13,7 +13,7 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import native_bytes, vocode_bytes
+from lowvram.planner.sound import native_bytes, vocode_bytes, vocode_kept_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -29,7 +29,8 @@ Home = Literal["device", "host"]
 class PhaseLoad:
     """A phase: the modules it runs, and the bytes it holds besides their weights while it computes.
 
-    `loading` is what it holds instead while its modules come to the device; carry is there in both.
+    `kept` are those of its activations that are there between its steps as well. `loading` is what
+    it holds instead while its modules come to the device; carry is there in both.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PhaseLoad:
     workspace: int = 0
     carry: int = 0
     activations: int = 0
+    kept: int = 0
     loading: int = 0
 
     @property
@@ -45,15 +47,17 @@ class PhaseLoad:
         return self.kv + self.workspace + self.carry + self.activations
 
     def joined(self, other: PhaseLoad) -> PhaseLoad:
-        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger."""
+        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger. The
+        other's modules come when this one's cache is there."""
         return PhaseLoad(
             name=f"{self.name}+{other.name}",
             modules=self.modules + other.modules,
             kv=self.kv + other.kv,
             workspace=max(self.workspace, other.workspace),
             carry=max(self.carry, other.carry),
-            activations=max(self.activations, other.activations),
-            loading=max(self.loading, other.loading),
+            activations=max(self.activations + other.kept, self.kept + other.activations),
+            kept=self.kept + other.kept,
+            loading=max(self.loading, other.loading + self.kv),
         )
 
 
@@ -93,9 +97,15 @@ class Request:
     @cached_property
     def host_states(self) -> int:
         """Bytes of the prompt's embeddings and, where it speaks, of all states, on the host."""
-        row = laws.states_bytes(self.model.config.thinker.text.hidden_size, 1, self.itemsize)
-        tokens = self.shape.tokens
-        return row * (tokens + (tokens + self.settings.tokens if self.speaks else 0))
+        width = self.model.config.thinker.text.hidden_size
+        return self._said + laws.states_bytes(width, self.shape.tokens, self.itemsize)
+
+    @property
+    def _said(self) -> int:
+        """Bytes of all states where it speaks: what waits on the host until they are spoken."""
+        width = self.model.config.thinker.text.hidden_size
+        tokens = self.shape.tokens + self.settings.tokens if self.speaks else 0
+        return laws.states_bytes(width, tokens, self.itemsize)
 
     @property
     def _carry(self) -> int:
@@ -164,8 +174,9 @@ class Request:
             modules=("text",),
             kv=held,
             workspace=scratch if steps else 0,
-            carry=self._carry,
+            carry=self._said if self.host_is_device else 0,
             activations=step if steps else laws.drawing_bytes(text, self.kernels),
+            kept=laws.waiting_bytes(text, self.kernels),
         )
         return [prefill, decode]
 
@@ -177,10 +188,7 @@ class Request:
         by_layers = streams or kv == "host"
         carry = 0
         if self.host_is_device:
-            # The Talker's first input is a copy of the states.
-            row = laws.states_bytes(config.embedding_size, 1, size)
-            carry = 2 * row * (self.shape.tokens + self.settings.tokens)
-            carry += self.between_layers("talker") if by_layers else 0
+            carry = self._said + (self.between_layers("talker") if by_layers else 0)
         work = laws.talk_bytes(config, tokens, size, chunk, self.kernels, by_layers=by_layers)
         if by_layers and self.host_is_device:
             work = max(work, laws.tables_bytes(config.decoder, tokens, size))
@@ -191,6 +199,7 @@ class Request:
             workspace=self.reading("talker") if streams else 0,
             carry=carry,
             activations=work,
+            kept=laws.waiting_bytes(config.decoder, self.kernels),
             loading=self.reading("talker"),
         )
 
@@ -223,6 +232,7 @@ class Request:
             modules=("token2wav",),
             workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
             activations=work,
+            kept=vocode_kept_bytes(config.dit, self.pieces, self.settings.codes),
             loading=self.reading("token2wav"),
         )
 

@@ -77,6 +77,10 @@ class Plan:
                 return row
         raise KeyError(name)
 
+    def interleaves(self, name: str, other: str) -> bool:
+        """Whether two phases share a row: what they run is on the device at the same time."""
+        return any({name, other} <= set(row.name.split("+")) for row in self.phases)
+
     def resident(self, part: str) -> bool:
         return self.residency.get(part) == "resident"
 

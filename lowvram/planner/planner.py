@@ -12,7 +12,7 @@ from dataclasses import replace
 from lowvram.conversation import PromptShape
 from lowvram.errors import UsageError
 from lowvram.offload import Budget, Placement, format_size, host_memory
-from lowvram.planner.choices import MODULES, Choice, Choices
+from lowvram.planner.choices import ENDLESS, MODULES, Choice, Choices
 from lowvram.planner.device import (
     DeviceFacts,
     DtypeChoice,
@@ -153,9 +153,6 @@ def make_plan(
         host_bytes=copies_bytes(choice, choices.source) + waiting_bytes(choices.request, choice),
     )
 
-
-ENDLESS = 2**50
-"""More bytes than any device has."""
 
 KV_NAMES: dict[Part, str] = {"text": "thinker", "talker": "talker"}
 

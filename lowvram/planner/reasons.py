@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lowvram.offload import Budget, format_size
 from lowvram.planner.choices import MODULES, Choice, Choices
 from lowvram.planner.gains import later_gains, minimum_budget
-from lowvram.planner.options import Option
+from lowvram.planner.options import Limits, Option
 from lowvram.planner.plan import PhasePlan
 from lowvram.planner.question import Question
 from lowvram.planner.seconds import Rates
@@ -91,7 +91,13 @@ def _speech(choices: Choices, choice: Choice) -> Iterator[str]:
     if choice.talk is None:
         return
     both = format_size(choices.weights["talker"] + choices.weights["token2wav"])
-    if choice.interleaved:
+    if choice.order == "together":
+        every = format_size(sum(choices.weights[m] for m in SPEAKING))
+        yield (
+            "speech begins while the Thinker writes: Thinker, Talker and vocoder "
+            f"({every}) fit together"
+        )
+    elif choice.order == "interleaved":
         yield f"speech is vocoded while codes are drawn: Talker and vocoder ({both}) fit together"
     else:
         yield (
@@ -140,7 +146,7 @@ def _later(
                 f"{name} would lower the smallest budget by {format_size(minimum - size)} to "
                 f"{format_size(size, round_up=True)}; this version does not use it"
             )
-    elif choice.talk is not None:
+    elif choice.talk is not None and choice.order != "together":
         yield from _early_speech(question, choices, budget)
     for name in question.allow:
         if not (question.head and name.startswith("head")):
@@ -164,10 +170,10 @@ def _early_speech(question: Question, choices: Choices, budget: Budget) -> Itera
 
 
 def _together(choices: Choices) -> int:
-    request = choices.request
-    assert choices.vocode is not None
-    loads = [*request.think("device", 512, False), request.talk("device", 512, False)]
-    kept = sum(choices.weights[m] for m in ("text", "talker", "token2wav"))
-    kv = loads[0].kv + loads[-1].kv
-    held = max(one.computing - one.kv for one in (*loads, choices.vocode))
-    return choices.base + kept + kv + held
+    least = choices.together.smallest(Limits(streams=False, kv="device"))
+    assert least is not None
+    return choices.base + least + choices.weights["talker"] + choices.weights["token2wav"]
+
+
+SPEAKING: tuple[Part, ...] = ("text", "talker", "token2wav")
+"""What is on the device where speech begins while the Thinker writes."""

@@ -52,17 +52,20 @@ def moved_bytes(choices: Choices, choice: Choice, on_device: Collection[str]) ->
 
 def _phases(choices: Choices, choice: Choice) -> list[_Phase]:
     phases = [_Phase(phase, choices.works[phase.name], phase.modules) for phase in choices.towers]
-    thinking = zip(
-        choices.think.phases(choice.think), choices.think.works(choice.think), strict=True
-    )
+    options = choices.together if choice.order == "together" else choices.think
+    thinking = zip(options.phases(choice.think), options.works(choice.think), strict=True)
     for index, (load, work) in enumerate(thinking):
         phases.append(_Phase(load, work, () if index else load.modules))
     if choice.talk is None or choices.vocode is None:
         return phases
-    options = choices.joined if choice.interleaved else choices.staged
+    options = choices.joined if choice.order == "interleaved" else choices.staged
     (load,), (work,) = options.phases(choice.talk), options.works(choice.talk)
     vocoding = choices.works["vocode"]
-    if choice.interleaved:
+    if choice.order == "together":
+        decode = phases.pop()
+        spoken = decode.load.modules[1:]
+        return [*phases, _Phase(decode.load, decode.work + work + vocoding, spoken)]
+    if choice.order == "interleaved":
         return [*phases, _Phase(load, work + vocoding, load.modules)]
     return [
         *phases,

@@ -22,13 +22,9 @@ def vocode_bytes(
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
     window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
-    steps = settings.time_points - 1
-    # As `field_times` of models/ode.py: neighbouring steps of rk4 share a time.
-    times = steps if settings.solver == "euler" else 3 * steps + 1
+    times = _times(settings)
     kept = _modulation_bytes(dit, times)
-    pieces = not settings.whole and codes > settings.piece_codes(0, dit.codes_per_block)
-    past = _past_bytes(dit, settings.evaluations) if pieces else 0
-    mel = past + (window + frames) * dit.mel_dim * FLOAT
+    mel = vocode_kept_bytes(dit, settings, codes) - kept
     states = 3 if settings.solver == "euler" else 7
     moments = (
         # A row of one layer at a time, and the weight that makes it.
@@ -38,6 +34,21 @@ def vocode_bytes(
         mel + _bigvgan_bytes(bigvgan, frames),
     )
     return kept + max(moments) + SMALL
+
+
+def vocode_kept_bytes(dit: DiTConfig, settings: VocodeSettings, codes: int) -> int:
+    """What is there between two pieces of speech of `codes` codes."""
+    window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
+    pieces = not settings.whole and codes > settings.piece_codes(0, dit.codes_per_block)
+    past = _past_bytes(dit, settings.evaluations) if pieces else 0
+    mel = (window + frames) * dit.mel_dim * FLOAT
+    return _modulation_bytes(dit, _times(settings)) + past + mel
+
+
+def _times(settings: VocodeSettings) -> int:
+    """As many as `field_times` of models/ode.py: neighbouring steps of rk4 share a time."""
+    steps = settings.time_points - 1
+    return steps if settings.solver == "euler" else 3 * steps + 1
 
 
 def _modulation_bytes(config: DiTConfig, times: int) -> int:

@@ -82,7 +82,10 @@ def test_the_smallest_budget_is_exact(capsys: Any) -> None:
 def test_a_refusal_says_what_each_change_saves(capsys: Any) -> None:
     assert main(["plan", "-m", AWQ, "--video-seconds", "60", "--max-memory", "1GiB"]) == 3
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "smallest budget that would do is 2.28 GiB" in err
+    assert err.count("\n") == 1 and "smallest budget that would do is 1.91 GiB" in err
+    assert "--max-pixels halved" in err and " less)" in err
+    assert main(["plan", "-m", AWQ, "--prompt-tokens", "900", "--max-memory", "1GiB"]) == 3
+    out, err = capsys.readouterr()
     assert "--no-speech" in err and " less)" in err
     assert "vocoder16 would lower the smallest budget by" in out
 

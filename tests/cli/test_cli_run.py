@@ -90,6 +90,7 @@ def test_flags_become_messages_and_options(engine: Any, capsys: Any) -> None:
             "top_p": 0.9,
             "top_k": 5,
             "solver": "rk4",
+                "say": None,
             "system": "Short.",
             "fps": 1.5,
             "max_frames": 4,
@@ -336,3 +337,25 @@ def test_a_sound_that_cannot_be_written_stops_the_work(
     assert order == ["stopped, 0 closed"]
     said = "lowvram-demo: error: cannot write lowvram.wav: the disk is full\n"
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_given_text_is_spoken(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "said.wav"
+    asked = ["--speech-only", "It rains.", "--max-speech", "0.8", "-o", str(path), "--json", "-q"]
+    assert main(["run", *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == "It rains." and found["audio_seconds"] == pytest.approx(0.8)
+    assert soundfile.info(path).frames == 0.8 * 24_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--speech-only", " "], "--speech-only is empty"),
+        (["--speech-only", "Hi", "--no-speech"], "exclude each other"),
+        (["--speech-only", "-", "-p", "-"], "both want standard input"),
+    ],
+)
+def test_a_text_that_cannot_be_spoken(flags: list[str], said: str, capsys: Any) -> None:
+    assert main(["run", *flags]) == 2
+    assert said in capsys.readouterr().err

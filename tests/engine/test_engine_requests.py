@@ -21,7 +21,7 @@ from lowvram import (
     TextDelta,
     UsageError,
 )
-from lowvram.engine import run
+from lowvram.engine import speaking
 from lowvram.engine.vocode import SpeechStream
 from lowvram.models.text import ThinkerText
 from lowvram.offload import Loader, Store, TensorInfo
@@ -141,9 +141,9 @@ def test_the_talkers_states_are_gone_before_staged_speech_is_vocoded(
         minimum = omni.plan(EVERYTHING, **SHORT).minimum_budget_bytes
     states: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
-    loop, push = run.TalkLoop, SpeechStream.push
+    loop, push = speaking.TalkLoop, SpeechStream.push
 
-    def watched(*args: Any, **kwargs: Any) -> run.TalkLoop:
+    def watched(*args: Any, **kwargs: Any) -> speaking.TalkLoop:
         states.append(weakref.ref(kwargs["prompt_states"]))
         return loop(*args, **kwargs)
 
@@ -151,7 +151,7 @@ def test_the_talkers_states_are_gone_before_staged_speech_is_vocoded(
         alive.append(states[0]() is not None)
         return push(self, codes)
 
-    monkeypatch.setattr(run, "TalkLoop", watched)
+    monkeypatch.setattr(speaking, "TalkLoop", watched)
     monkeypatch.setattr(SpeechStream, "push", pushed)
     with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=minimum) as omni:
         assert omni.plan(EVERYTHING, **SHORT).phases[-1].name == "vocode"

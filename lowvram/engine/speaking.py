@@ -1,0 +1,190 @@
+"""The reply's speech: which of the Talker's and the vocoder's steps runs when.
+
+The plan decides, by which phases share a row: a Talker's step as soon as its reply state is there
+(`decode` and `talk` in one row) or after the text is complete; the vocoder as soon as its codes are
+there (`talk` and `vocode` in one row) or after the last code. Codes follow from the states alone
+and pieces of sound from the codes alone, so every order gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from torch import Tensor
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.engine.context import Context
+from lowvram.engine.pieces import VocodeSettings
+from lowvram.engine.talk import TalkLoop, codec_sampler
+from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
+from lowvram.engine.voice import Voice
+from lowvram.models.talker import Talker
+from lowvram.models.token2wav import Token2Wav
+from lowvram.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class SpeechSeeds:
+    """What codes and noise are drawn from."""
+
+    codes: int
+    noise: int
+
+
+class Speaking:
+    """The speech of one reply; what it holds on the device goes when it is left.
+
+        with Speaking(...) as speaking:
+            speaking.prompt(states)
+            for state in reply: yield from speaking.hear(state)
+            yield from speaking.finish()
+
+    `codes` takes those that are drawn. A reply without states has no sound.
+
+    Args:
+        positions: int64 [3, T] of the prompt.
+        voice, settings, seeds: of the request.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        checkpoint: Checkpoint,
+        positions: np.ndarray,
+        voice: Voice,
+        settings: GenerationSettings,
+        seeds: SpeechSeeds,
+        codes: list[int],
+    ) -> None:
+        self._context, self._checkpoint = context, checkpoint
+        self._positions, self._voice = positions, voice
+        self._settings, self._seeds = settings, seeds
+        self._talks_early = context.plan.interleaves("decode", "talk")
+        self._vocodes_early = context.plan.interleaves("talk", "vocode")
+        self._everything, self._talker = ExitStack(), ExitStack()
+        self._prompt: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._loop: TalkLoop | None = None
+        self._stream: SpeechStream | None = None
+        self._sounded = 0
+        self.codes = codes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._loop = self._stream = self._prompt = None
+        self._context.let_go("states")
+        with self._everything:
+            self._talker.close()
+
+    def prompt(self, states: Tensor) -> None:
+        """The prompt's states [T, E], on the host; see `Thinking`."""
+        self._prompt = states
+        self._context.carry("states", states)
+
+    def hear(self, state: Tensor) -> Iterator[SpeechPiece]:
+        """The next state of the reply [1, E]; what can be said by then, as it is read."""
+        if self._talks_early:
+            yield from self._sound(self._talk(state))
+        else:
+            assert self._prompt is not None
+            self._waiting.append(state)
+            self._context.carry("states", self._prompt, *self._waiting)
+
+    def finish(self) -> Iterator[SpeechPiece]:
+        """The reply is complete; what remains to be said, as it is read."""
+        self._waiting.reverse()
+        while self._waiting:
+            yield from self._sound(self._talk(self._waiting.pop()))
+        if self._loop is None:
+            return
+        while not self._loop.ended:
+            yield from self._sound(self._drawn(self._loop.step(None)))
+        yield from self._sound(self._drawn(self._loop.drain()))
+        self._loop = None
+        self._talker.close()
+        self._context.let_go("states")
+        if self._stream is None:
+            with self._context.phase("vocode"):
+                self._stream = self._open_stream()
+            yield from self._sound(self.codes)
+        yield from self._pieces(self._stream.finish())
+
+    def _talk(self, state: Tensor) -> Sequence[int]:
+        """The Talker hears one more state; the codes that are known by then."""
+        if self._loop is None:
+            self._loop = self._open_talker()
+            self._loop.begin(state)
+            self._prompt = None
+            if self._talks_early:
+                self._context.let_go("states")
+            return self._drawn(self._loop.drain())
+        return self._drawn(self._loop.step(state))
+
+    def _drawn(self, codes: Sequence[int]) -> Sequence[int]:
+        self.codes.extend(codes)
+        return codes
+
+    def _sound(self, codes: Sequence[int]) -> Iterator[SpeechPiece]:
+        """Pieces that codes make possible, if the vocoder is there; else the codes are kept."""
+        if self._stream is None:
+            return
+        dit = self._checkpoint.config.dit
+        assert dit is not None
+        for code in codes:
+            # Control codes have no sound of their own; the null code keeps their 20 ms.
+            sound = code if code <= dit.num_embeds else 0
+            yield from self._pieces(self._stream.push([sound]))
+
+    def _pieces(self, pieces: Iterator[SpeechPiece]) -> Iterator[SpeechPiece]:
+        while True:
+            with self._context.phase("vocode"):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            # Control codes are told as they were drawn.
+            said = self._sounded
+            self._sounded += len(piece.codes)
+            yield SpeechPiece(piece.samples, tuple(self.codes[said : self._sounded]))
+
+    def _open_talker(self) -> TalkLoop:
+        """The Talker on the device, and the vocoder beside it where the plan holds both."""
+        context, config = self._context, self._checkpoint.config.talker
+        assert config is not None and self._prompt is not None
+        tokens = len(self._prompt) + 2 + self._settings.codes
+        with context.phase("talk"):
+            if self._vocodes_early:
+                self._stream = self._open_stream()
+            model = self._talker.enter_context(context.use("talker", Talker))
+            cache = self._talker.enter_context(
+                context.kv_cache("talker", "talker", config.decoder, tokens)
+            )
+        return TalkLoop(
+            context,
+            model,
+            cache,
+            config,
+            prompt_states=self._prompt,
+            positions=self._positions,
+            voice_token=self._voice.bos_token,
+            sampler=codec_sampler(config, self._settings.talker_sampling, seed=self._seeds.codes),
+            defaults=self._checkpoint.generation,
+            max_codes=self._settings.codes,
+            chunk=context.plan.chunks["talker"],
+        )
+
+    def _open_stream(self) -> SpeechStream:
+        token2wav = self._everything.enter_context(self._context.use("token2wav", Token2Wav))
+        settings = VocodeSettings(solver=self._settings.solver, whole=self._settings.whole_speech)
+        return SpeechStream(token2wav, self._voice, NoiseSource(self._seeds.noise), settings)

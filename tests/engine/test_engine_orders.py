@@ -1,0 +1,133 @@
+"""When speech is made: while the Thinker writes, while codes are drawn, or after the last code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowvram import AudioChunk, LowVRAMOmni, Result, TextDelta
+from lowvram.planner.choices import Choices
+from lowvram.pocket import make_checkpoint
+
+WORDS = [{"role": "user", "content": "Say something."}]
+LONG: dict[str, Any] = {"max_new_tokens": 48, "max_speech_seconds": 3.0}
+ROWS = {
+    "together": ["prefill", "decode+talk+vocode"],
+    "interleaved": ["prefill", "decode", "talk+vocode"],
+    "staged": ["prefill", "decode", "talk", "vocode"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "pocket"
+    make_checkpoint(path, seed=5)
+    return path
+
+
+def answer(folder: Path, max_memory: int | None) -> Result:
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=max_memory) as omni:
+        return omni.generate(WORDS, **LONG)
+
+
+def tighter(folder: Path) -> int:
+    """A budget that holds Talker and vocoder together, but not the Thinker beside them."""
+    with LowVRAMOmni.from_pretrained(folder, device="cpu") as omni:
+        roomy = omni.plan(WORDS, **LONG)
+    for sixteenths in range(16, 32):
+        budget = roomy.minimum_budget_bytes * sixteenths // 16
+        with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=budget) as omni:
+            plan = omni.plan(WORDS, **LONG)
+        # Smaller chunks would round differently.
+        if [row.name for row in plan.phases] == ROWS["interleaved"] and plan.chunks == roomy.chunks:
+            return budget
+    raise AssertionError("no budget leads to that order")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Result]:
+    found = {"together": answer(folder, None), "interleaved": answer(folder, tighter(folder))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Choices, "_can_interleave", False)
+        found["staged"] = answer(folder, None)
+    return found
+
+
+@pytest.fixture
+def omni(folder: Path) -> Iterator[LowVRAMOmni]:
+    with LowVRAMOmni.from_pretrained(folder, device="cpu") as loaded:
+        yield loaded
+
+
+def test_every_order_gives_the_same_tokens_codes_and_samples(results: dict[str, Result]) -> None:
+    first, *others = results.values()
+    assert len(first.tokens) == 48 and len(first.codes) == 150
+    for other in others:
+        assert other.tokens == first.tokens and other.codes == first.codes
+        assert first.audio is not None and other.audio is not None
+        np.testing.assert_array_equal(other.audio, first.audio)
+
+
+def test_every_row_keeps_what_was_predicted(results: dict[str, Result]) -> None:
+    for order, result in results.items():
+        assert [row.name for row in result.report.phases] == ROWS[order]
+        for row in result.report.phases:
+            assert 0 < row.measured_peak_bytes <= row.predicted_peak_bytes
+
+
+def test_speech_begins_while_the_thinker_writes(omni: LowVRAMOmni) -> None:
+    events = list(omni.stream(WORDS, **LONG))
+    kinds = [type(event) for event in events]
+    first = kinds.index(AudioChunk)
+    assert TextDelta in kinds[first:], "text must still come after the first sound"
+    # A code for every state, and a state for every token but the first: 36 codes after 37 tokens.
+    assert kinds[:first].count(TextDelta) <= 37
+    chunk = events[first]
+    assert isinstance(chunk, AudioChunk) and len(chunk.samples) >= 0.25 * chunk.sample_rate
+
+
+def test_the_first_sound_needs_36_codes(omni: LowVRAMOmni, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram.engine.run import Run
+
+    runs: list[Run] = []
+    events = Run.events
+
+    def watched(self: Run) -> Any:
+        runs.append(self)
+        return events(self)
+
+    monkeypatch.setattr(Run, "events", watched)
+    stream = omni.stream(WORDS, **LONG)
+    next(event for event in stream if isinstance(event, AudioChunk))
+    assert len(runs[0].codes) == 36
+    stream.close()
+
+
+def test_an_early_end_leaves_nothing(omni: LowVRAMOmni, folder: Path) -> None:
+    whole = omni.generate(WORDS, **LONG)
+    held = omni.resident
+    for count in (1, 20, 37, 38, 45):
+        stream = omni.stream(WORDS, **LONG)
+        for _ in range(count):
+            next(stream)
+        stream.close()
+        assert omni.resident == held
+        owners = {owner for owner, _ in omni._meter._held}
+        assert owners <= {"weights"}, f"left behind after {count} events: {owners}"
+    again = omni.generate(WORDS, **LONG)
+    assert again.codes == whole.codes and np.array_equal(again.audio, whole.audio)
+    with LowVRAMOmni.from_pretrained(folder, device="cpu") as cold:
+        stream = cold.stream(WORDS, **LONG)
+        assert any(isinstance(event, AudioChunk) for event in stream)
+        stream.close()
+        assert cold.resident == ()
+
+
+def test_a_talker_that_ends_before_the_thinker(omni: LowVRAMOmni) -> None:
+    result = omni.generate(WORDS, **{**LONG, "max_speech_seconds": 0.9})
+    assert len(result.tokens) == 48 and len(result.codes) == 45
+    assert result.audio is not None and len(result.audio) == 45 * 480
