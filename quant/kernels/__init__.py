@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,8 +34,8 @@ class Kernel:
     `run(x, held, bias, group, phase, scratch)` multiplies x [M, K] by the weights and adds the
     bias; `joins` gives, for every held tensor, the axis along which several linears of one input
     lie side by side as one, and is empty where there is nothing to gain from that. While decoding,
-    `gated(x, held, bias, group)` multiplies silu of the first half of the outputs by the second,
-    where there is anything to gain.
+    `gated(x, held, bias, group, scratch)` multiplies silu of the first half of the outputs by the
+    second, where there is anything to gain.
     """
 
     name: KernelName
@@ -42,17 +43,19 @@ class Kernel:
     prepare: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
     run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
     joins: dict[str, int]
-    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int], Tensor] | None = None
+    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Scratch], Tensor] | None = None
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import cpu, native, reference, tinygemm
+    from . import ascend, cpu, native, reference, tinygemm, triton
 
     modules: dict[KernelName, ModuleType] = {
         "cpu": cpu,
         "native": native,
         "tinygemm": tinygemm,
+        "ascend": ascend,
+        "triton": triton,
         "reference": reference,
     }
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -62,5 +65,8 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
         reason = f"the {name} kernel cannot: {refused}"
         name = "cpu" if name == "native" else "reference"
     module = modules[name]
-    gated = native.gated if module is native else None
-    return Kernel(name, reason, module.prepare, module.run, module.JOINS, gated)
+    gated = getattr(module, "gated", None)
+    prepare = module.prepare
+    if module is ascend:
+        prepare = functools.partial(prepare, dtype=problem.dtype)
+    return Kernel(name, reason, prepare, module.run, module.JOINS, gated)
