@@ -7,9 +7,8 @@ from typing import Literal, NamedTuple
 
 from . import chips
 from .native import not_offered
-from .triton import not_offered as triton_not_offered
 
-KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend", "triton"]
+KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend"]
 Asked = Literal["auto", "reference"]
 
 PIECE_WEIGHTS: dict[KernelName, int] = {
@@ -18,7 +17,6 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
     "native": 1 << 21,
     "tinygemm": 1 << 22,
     "ascend": 1 << 22,
-    "triton": 1 << 22,
 }
 """Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied. Of
 `ascend`: weights turned on the host at a time, and results of one of several products."""
@@ -28,14 +26,6 @@ TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 
 `native` needs two, and is planned like `cpu`, which takes its place where it cannot be built.
 """
-
-
-AS_STORED: frozenset[KernelName] = frozenset({"reference", "triton"})
-"""Kernels that compute from the tensors as they are in the file."""
-
-
-EIGHT_BIT_PIECE = 1 << 22
-"""8-bit weights that become 16-bit at a time."""
 
 
 class KernelChoice(NamedTuple):
@@ -58,8 +48,6 @@ def preferred_kernel(
         return KernelChoice("reference", "asked for")
     if device == "npu":
         return _on_npu(dtype)
-    if device == "cuda" and dtype in ("bfloat16", "float16"):
-        return _on_cuda(dtype)
     if dtype != "bfloat16":
         return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
     if device == "cpu":
@@ -68,6 +56,8 @@ def preferred_kernel(
         if refused is None:
             return KernelChoice("native", f"{choice}, compiled for this processor")
         return KernelChoice("cpu", f"{choice}; compiled kernels are not used: {refused}")
+    if device == "cuda":
+        return KernelChoice("tinygemm", "bfloat16 on CUDA: tinygemm to decode, cuBLAS to prefill")
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
 
 
@@ -84,27 +74,16 @@ def _on_npu(dtype: str) -> KernelChoice:
     return KernelChoice("ascend", reason)
 
 
-def _on_cuda(dtype: str) -> KernelChoice:
-    refused = triton_not_offered()
-    if refused is None:
-        reason = f"{dtype} on CUDA: own kernels to decode, cuBLAS to prefill, layers that stream too"
-        return KernelChoice("triton", reason)
-    reason = f"own kernels are not used: {refused}"
-    if dtype == "bfloat16":
-        return KernelChoice("tinygemm", f"{reason}; tinygemm to decode, cuBLAS to prefill")
-    return KernelChoice("reference", f"{reason}; torch has no 4-bit product in {dtype}")
-
-
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:
     """Bytes held by the weights of a linear (its bias aside) once it is ready for `kernel`.
 
-    `reference` and `triton` keep what the file holds: 4-bit weights and zero points, 16-bit scales.
-    The others keep the weights in their own order and, for every group, two numbers of 16 bits: a scale, and
+    `reference` keeps what the file holds: 4-bit weights and zero points, 16-bit scales. The others
+    keep the weights in their own order and, for every group, two numbers of 16 bits: a scale, and
     an offset or a zero point.
     """
     groups = inputs // group
     weights = inputs * outputs // 2
-    if kernel in AS_STORED:
+    if kernel == "reference":
         return weights + groups * outputs // 2 + groups * outputs * 2
     return weights + groups * outputs * 4
 
@@ -116,11 +95,9 @@ def scratch_bytes(
     de-quantize one piece, or the fewest columns there can be. `group` inputs share a scale.
 
     `ascend` takes little itself, and is planned like `reference`, which takes its place for shapes
-    that the operator refuses: that is CANN's for the operator's own workspace. `triton` keeps its
-    16-bit weights and the sums that it adds later to as much, so that it runs what streams, and the
-    reference what it refuses, within what is planned.
+    that the operator refuses: that is CANN's for the operator's own workspace.
     """
-    if kernel in ("reference", "ascend", "triton"):
+    if kernel in ("reference", "ascend"):
         columns = min(outputs, max(PIECE_WEIGHTS["reference"] // inputs // 8, 1) * 8)
         # Integers and fp32 of every weight, and of every zero point.
         return 8 * (inputs + inputs // group) * columns + 512
@@ -131,23 +108,14 @@ def scratch_bytes(
 def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
     """Bytes that bringing a linear (or several, joined) into the kernel's layout takes, at most,
     besides what is read from the file: the new layout, and one piece on its way there. `ascend`
-    turns words where they lie, but tries the operator on a matrix of the shape before; `triton`
-    lays the words of joined linears side by side."""
+    turns words where they lie, but tries the operator on a matrix of the shape before."""
     if kernel == "reference":
         return 0
-    if kernel == "triton":
-        return inputs * outputs // 2
     if kernel == "ascend":
         return linear_bytes(inputs, outputs, group, kernel) + 8 * (inputs + outputs) + 4096
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     zeros = 32 * (inputs // group) * outputs
     return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros
-
-
-def eight_bit_scratch_bytes(inputs: int, outputs: int) -> int:
-    """The same as `scratch_bytes` for 8-bit weights with a scale for every output: 16-bit weights
-    of a piece, or the sums of parts of the inputs."""
-    return 2 * max(min(EIGHT_BIT_PIECE, inputs * outputs), inputs * 64)
 
 
 HeadBits = Literal[4, 8]
@@ -176,16 +144,13 @@ def choose_head(
     names = [name for name in HEAD_OPTIONS if name in allow]
     if not names:
         return None
-    if kernel not in ("cpu", "native", "triton"):
-        where = "on the CPU in bfloat16, or on CUDA by own kernels"
-        return HeadChoice(None, f"{names[0]} is not used: it is faster {where} only")
+    if kernel not in ("cpu", "native"):
+        return HeadChoice(None, f"{names[0]} is not used: it is faster on the CPU in bfloat16 only")
     if inputs % HEAD_GROUP or outputs % 64:
         shape = f"{inputs} x {outputs}"
         return HeadChoice(None, f"{names[0]} is not used: a head of {shape} cannot be packed")
-    if kernel == "triton" and "head8" not in names:
-        return HeadChoice(None, "head4 is not used: on CUDA there is head8")
-    name = "head8" if kernel == "triton" else names[0]
-    return HeadChoice(HEAD_OPTIONS[name], f"{name}: fewer bytes to read for every token")
+    bits = HEAD_OPTIONS[names[0]]
+    return HeadChoice(bits, f"{names[0]}: fewer bytes to read for every token")
 
 
 def head_bytes(inputs: int, outputs: int, bits: HeadBits) -> int:

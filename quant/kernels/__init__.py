@@ -34,8 +34,8 @@ class Kernel:
     `run(x, held, bias, group, phase, scratch)` multiplies x [M, K] by the weights and adds the
     bias; `joins` gives, for every held tensor, the axis along which several linears of one input
     lie side by side as one, and is empty where there is nothing to gain from that. While decoding,
-    `gated(x, held, bias, group, scratch)` multiplies silu of the first half of the outputs by the
-    second, where there is anything to gain.
+    `gated(x, held, bias, group)` multiplies silu of the first half of the outputs by the second,
+    where there is anything to gain.
     """
 
     name: KernelName
@@ -43,19 +43,18 @@ class Kernel:
     prepare: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
     run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
     joins: dict[str, int]
-    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Scratch], Tensor] | None = None
+    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int], Tensor] | None = None
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import ascend, cpu, native, reference, tinygemm, triton
+    from . import ascend, cpu, native, reference, tinygemm
 
     modules: dict[KernelName, ModuleType] = {
         "cpu": cpu,
         "native": native,
         "tinygemm": tinygemm,
         "ascend": ascend,
-        "triton": triton,
         "reference": reference,
     }
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -65,7 +64,7 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
         reason = f"the {name} kernel cannot: {refused}"
         name = "cpu" if name == "native" else "reference"
     module = modules[name]
-    gated = getattr(module, "gated", None)
+    gated = native.gated if module is native else None
     prepare = module.prepare
     if module is ascend:
         prepare = functools.partial(prepare, dtype=problem.dtype)
