@@ -84,6 +84,12 @@ def refusals() -> int:
     return _native().size("refusals")
 
 
+def waits() -> int:
+    """How often the host has waited for the device since `reset`; a copy that is not of pinned
+    memory, or not asked to be on its own, is a wait."""
+    return _native().size("waits")
+
+
 def live_bytes() -> int:
     """In live storages, each rounded up to 512."""
     return _native().size("allocated")

@@ -60,6 +60,7 @@ double sim_get(const char* name) {
       {"allocations", m.allocations},
       {"frees", m.frees},
       {"refusals", m.refusals},
+      {"waits", machine().waits},
       {"pinned", machine().pinned.bytes()},
       {"blocks", machine().blocks.size()}};
   auto found = numbers.find(name);
@@ -72,6 +73,7 @@ void sim_reset() {
   machine().clock.zero();
   machine().races.clear();
   machine().on_host.clear();
+  machine().waits = 0;
   auto& memory = machine().memory;
   memory.allocations = memory.frees = memory.refusals = 0;
   memory.fail_in = memory.fail_pinned_in = 0;
