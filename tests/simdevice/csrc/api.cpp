@@ -30,7 +30,8 @@ bool sim_set(const char* name, double value) {
       {"hbm", &config.hbm}, {"flops", &config.flops}, {"launch", &config.launch},
       {"share", &memory.share}};
   const std::map<std::string, size_t*> sizes = {
-      {"limit", &memory.total}, {"context", &memory.context}, {"others", &memory.others}};
+      {"limit", &memory.total}, {"context", &memory.context}, {"others", &memory.others},
+      {"transposed", &machine().transposed}};
   const std::map<std::string, int64_t*> failures = {
       {"fail_device", &memory.fail_in}, {"fail_pinned", &memory.fail_pinned_in}};
   if (auto f = rates.find(name); f != rates.end()) *f->second = value;
