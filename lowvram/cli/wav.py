@@ -99,12 +99,15 @@ class WavFile:
             self._before.replace(self._target)
 
     def _begin(self) -> io.FileIO:
-        """The file under its name, which it gets when it is a WAV."""
+        """The file under its name, where there is what was there before or a WAV at any moment."""
         file = io.FileIO(self._fresh, "w")
         try:
             _write_all(file, header(0))
             if self._target.exists():
-                self._target.replace(self._before)
+                try:
+                    os.link(self._target, self._before)
+                except OSError:  # not every disk has links
+                    self._target.replace(self._before)
             self._fresh.replace(self._target)
         except OSError:
             file.close()
