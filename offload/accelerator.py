@@ -64,6 +64,10 @@ def npu_backend() -> Any:
             "no npu can be used: torch_npu sees none; check the driver with npu-smi, or use the "
             "device cpu"
         )
+    # Nothing is compiled anew for every length of a prompt, and weights keep the format they have:
+    # the 4-bit product takes no other. Chips of the first kind default to the opposite.
+    backend.set_compile_mode(jit_compile=False)
+    backend.config.allow_internal_format = False
     return backend
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
+from . import chips
 from .native import not_offered
 
-KernelName = Literal["reference", "cpu", "native", "tinygemm"]
+KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend"]
 Asked = Literal["auto", "reference"]
 
 PIECE_WEIGHTS: dict[KernelName, int] = {
@@ -15,8 +16,10 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
     "cpu": 1 << 21,
     "native": 1 << 21,
     "tinygemm": 1 << 22,
+    "ascend": 1 << 22,
 }
-"""Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied."""
+"""Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied. Of
+`ascend`: weights turned on the host at a time, and results of one of several products."""
 
 TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 """Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too.
@@ -43,6 +46,8 @@ def preferred_kernel(
     """
     if asked == "reference":
         return KernelChoice("reference", "asked for")
+    if device == "npu":
+        return _on_npu(dtype)
     if dtype != "bfloat16":
         return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
     if device == "cpu":
@@ -54,6 +59,19 @@ def preferred_kernel(
     if device == "cuda":
         return KernelChoice("tinygemm", "bfloat16 on CUDA: tinygemm to decode, cuBLAS to prefill")
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
+
+
+def _on_npu(dtype: str) -> KernelChoice:
+    streamed = "layers that stream are de-quantized as they arrive, without bit shifts"
+    if dtype not in ("bfloat16", "float16"):
+        return KernelChoice("reference", f"Ascend's 4-bit product is in 16 bits, not in {dtype}")
+    refused = chips.refusal()
+    if refused is not None:
+        return KernelChoice("reference", f"{refused}; weights are de-quantized for every product")
+    reason = f"{dtype} on Ascend: {chips.OPERATOR} in both phases; {streamed}"
+    for shape, why in chips.refused_shapes.items():
+        reason += f"; so are linears of {shape}: {why}"
+    return KernelChoice("ascend", reason)
 
 
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:
@@ -74,9 +92,13 @@ def scratch_bytes(
     inputs: int, outputs: int, kernel: KernelName = "reference", group: int = 32
 ) -> int:
     """Bytes that a linear takes besides its weights and its result, in any phase: what it needs to
-    de-quantize one piece, or the fewest columns there can be. `group` inputs share a scale."""
-    if kernel == "reference":
-        columns = min(outputs, max(PIECE_WEIGHTS[kernel] // inputs // 8, 1) * 8)
+    de-quantize one piece, or the fewest columns there can be. `group` inputs share a scale.
+
+    `ascend` takes little itself, and is planned like `reference`, which takes its place for shapes
+    that the operator refuses: that is CANN's for the operator's own workspace.
+    """
+    if kernel in ("reference", "ascend"):
+        columns = min(outputs, max(PIECE_WEIGHTS["reference"] // inputs // 8, 1) * 8)
         # Integers and fp32 of every weight, and of every zero point.
         return 8 * (inputs + inputs // group) * columns + 512
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
@@ -85,9 +107,12 @@ def scratch_bytes(
 
 def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
     """Bytes that bringing a linear (or several, joined) into the kernel's layout takes, at most,
-    besides what is read from the file: the new layout, and one piece on its way there."""
+    besides what is read from the file: the new layout, and one piece on its way there. `ascend`
+    turns words where they lie, but tries the operator on a matrix of the shape before."""
     if kernel == "reference":
         return 0
+    if kernel == "ascend":
+        return linear_bytes(inputs, outputs, group, kernel) + 8 * (inputs + outputs) + 4096
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     zeros = 32 * (inputs // group) * outputs
     return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros

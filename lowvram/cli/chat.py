@@ -145,7 +145,7 @@ class Session:
         self._plays = player is not None
         events = self._chat.stream(content, **self._options)
         result = follow(events, self._console, sink, player=player)
-        if sink is not None and result.report.audio_seconds:
+        if sink is not None:
             self._console.say(f"speech: {sink.name} ({result.report.audio_seconds:.2f} s)")
         if self._report is not None:
             name = numbered(self._report, self._turns)

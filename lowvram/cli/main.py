@@ -24,6 +24,9 @@ from lowvram.errors import LowVRAMError
 
 INTERRUPTED = 130
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more; an interpreter that flushes to it at exit fails again."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
@@ -78,7 +81,7 @@ def _failed(error: Exception, verbose: int, program: str) -> int:
         fail(line, program)
         return 1
     if isinstance(error, OSError) and error.strerror:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             _leave_stdout()
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         fail(line, program)

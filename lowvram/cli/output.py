@@ -56,17 +56,16 @@ class Console:
         """The next piece of the reply, as it comes."""
         self._stop_bar()
         if self._text is not None and piece:
-            self._text.write(piece)
-            self._text.flush()
+            self._line_open = False  # a stream that fails now is not written to again
+            write_text(self._text, piece)
             self._line_open = not piece.endswith("\n")
 
     def end_words(self) -> None:
         """The reply ends with a line end, wherever it is written."""
         self._stop_bar()
-        if self._text is not None and self._line_open:
-            self._text.write("\n")
-            self._text.flush()
-        self._line_open = self._spoke = False
+        line_open, self._line_open, self._spoke = self._line_open, False, False
+        if self._text is not None and line_open:
+            write_text(self._text, "\n")
 
     def waiting(self, what: str) -> None:
         """Say what is going on until the first words; on a terminal only."""
@@ -107,9 +106,8 @@ class Console:
         """Make room for a line: no bar, and no half line of words on the same terminal."""
         self._stop_bar()
         if self._half_a_line and self._text is not None:
-            self._text.write("\n")
-            self._text.flush()
             self._line_open = False
+            write_text(self._text, "\n")
 
 
 def fail(message: object, program: str = PROGRAM) -> None:
@@ -123,9 +121,17 @@ def one_line(message: object) -> str:
 
 def print_json(value: Mapping[str, Any] | list[dict[str, Any]]) -> None:
     """One value on stdout; bytes and seconds are numbers."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    write_text(sys.stdout, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(stream: TextIO, text: str) -> None:
+    """The text, at once; an error says which stream it was."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        name = "standard error" if stream is sys.stderr else "standard output"
+        raise OSError(error.errno, error.strerror, name) from error
 
 
 @contextmanager

@@ -21,8 +21,8 @@ def follow(
 ) -> Result:
     """Pass every event on, and return the whole reply; `note` is said as soon as there is one.
 
-    When the work fails nothing is left of the speech; when it is interrupted, what was spoken so
-    far is kept, as a file that opens.
+    A reply without a sound is a file without samples. When the work fails nothing is left of the
+    speech; when it is interrupted, what was spoken so far is kept, as a file that opens.
 
     Raises:
         KeyboardInterrupt: with a message that says what was kept.
@@ -55,19 +55,22 @@ def follow(
         if player is not None:
             player.finish()
     except KeyboardInterrupt as stopped:
-        if player is not None:
-            player.stop()
+        _abandon(sink, player, keep=spoken > 0)
         console.end_words()
         if sink is None or not spoken:
             raise
-        sink.close()
         raise KeyboardInterrupt(f"{spoken:.1f} s of speech are in {sink.name}") from stopped
     except BaseException:
-        if player is not None:
-            player.stop()
+        _abandon(sink, player, keep=False)
         console.end_words()
-        if sink is not None:
-            sink.discard()
         raise
     assert result is not None, "the stream ended without its last event"
     return result
+
+
+def _abandon(sink: Sink | None, player: Player | None, *, keep: bool) -> None:
+    """Silence, and the file as it stands or as if it had never been."""
+    if player is not None:
+        player.stop()
+    if sink is not None:
+        (sink.close if keep else sink.discard)()

@@ -41,7 +41,7 @@ def main(args: Namespace, console: Console) -> int:
         if args.json:
             print_json(_summary(error.plan, None, None) | {"fits": False, "error": str(error)})
         raise
-    path = sink.name if sink is not None and result.report.audio_seconds else None
+    path = None if sink is None else sink.name
     if args.report:
         write_report(result.report, args.report)
     if args.json:

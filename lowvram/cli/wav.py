@@ -34,8 +34,9 @@ class WavFile:
     """A WAV file that opens at every moment: samples are appended, then counted in the header.
 
     Whether it can be written is found out at once, before there is anything to write. It appears
-    with the first sound, so that a reply without speech leaves no file; what was there before waits
-    beside it until `close`, and `discard` puts it back.
+    with the first sound, or with `close`, so that a reply without speech is a file without samples;
+    what was there before waits beside it until then, and `discard` puts it back. Where the disk is
+    full, what it took is kept.
 
     Raises:
         LowVRAMError: no such folder, a folder itself, no permission, or no room.
@@ -44,80 +45,114 @@ class WavFile:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._target = path.resolve()  # a link stays a link
-        self._before = self._target.with_name(f".{self._target.name}.{os.getpid()}.before")
+        self._fresh, self._before = (
+            self._target.with_name(f".{self._target.name}.{os.getpid()}.{what}")
+            for what in ("new", "before")
+        )
         self._file: io.FileIO | None = None
         self._bytes = 0
+        self._over = False
         try:
             if self._target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if self._target.exists() and not os.access(self._target, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._before.touch()
-            self._before.unlink()
+            self._fresh.touch()
+            self._fresh.unlink()
         except OSError as error:
-            raise _unwritable(self.name, error.strerror) from error
+            raise LowVRAMError(_unwritable(self.name, error)) from error
 
     def write(self, samples: np.ndarray) -> None:
         data = pcm16(samples).tobytes()
         try:
-            if self._file is None:
-                self._begin()
-            assert self._file is not None
-            _write_all(self._file, data)
-            self._bytes += len(data)
+            file = self._file or self._begin()
+            _write_all(file, data)
             # A file that is cut off between the two holds samples that are not counted yet.
-            self._file.seek(0)
-            _write_all(self._file, header(self._bytes))
-            self._file.seek(0, os.SEEK_END)
+            file.seek(0)
+            _write_all(file, header(self._bytes + len(data)))
+            file.seek(0, os.SEEK_END)
         except OSError as error:
-            raise _unwritable(self.name, error.strerror) from error
+            raise LowVRAMError(_unwritable(self.name, error, self._rescue())) from error
+        self._bytes += len(data)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._before.unlink(missing_ok=True)
-            self._file = None
+        if self._over:
+            return
+        try:
+            file = self._file or self._begin()
+        except OSError as error:
+            self.discard()
+            raise LowVRAMError(_unwritable(self.name, error)) from error
+        self._over = True
+        file.close()
+        self._before.unlink(missing_ok=True)
 
     def discard(self) -> None:
+        if self._over:
+            return
+        self._over = True
         if self._file is not None:
             self._file.close()
-            if self._before.exists():
-                self._before.replace(self._target)
-            else:
-                self._target.unlink(missing_ok=True)
-            self._file = None
+            self._target.unlink(missing_ok=True)
+        self._fresh.unlink(missing_ok=True)
+        if self._before.exists():
+            self._before.replace(self._target)
 
-    def _begin(self) -> None:
-        if self._target.exists():
-            self._target.replace(self._before)
-        self._file = io.FileIO(self._target, "w")
-        _write_all(self._file, header(0))
+    def _begin(self) -> io.FileIO:
+        """The file under its name, where there is what was there before or a WAV at any moment."""
+        file = io.FileIO(self._fresh, "w")
+        try:
+            _write_all(file, header(0))
+            if self._target.exists():
+                try:
+                    os.link(self._target, self._before)
+                except OSError:  # not every disk has links
+                    self._target.replace(self._before)
+            self._fresh.replace(self._target)
+        except OSError:
+            file.close()
+            raise
+        self._file = file
+        return file
+
+    def _rescue(self) -> float:
+        """Seconds that are in the file when it cannot grow; without any, it is as if never made."""
+        if self._file is None or not self._bytes:
+            self.discard()
+            return 0.0
+        self._file.truncate(len(header(0)) + self._bytes)
+        self.close()
+        return self._bytes / (2 * SAMPLE_RATE)
 
 
 class WavStream:
     """A WAV written as it comes to a stream that cannot go back, such as a pipe."""
 
-    def __init__(self, name: str, stream: BinaryIO) -> None:
+    def __init__(self, name: str, stream: BinaryIO | io.FileIO) -> None:
         self.name = name
         self._stream = stream
         self._started = False
 
     def write(self, samples: np.ndarray) -> None:
-        try:
-            if not self._started:
-                self._stream.write(header(None))
-                self._started = True
-            self._stream.write(pcm16(samples).tobytes())
-            self._stream.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.name) from error
+        self._send(pcm16(samples).tobytes())
 
     def close(self) -> None:
+        self._send(b"")
         if self._stream is not sys.stdout.buffer:
             self._stream.close()
 
     def discard(self) -> None:
         """What has left cannot be called back."""
+
+    def _send(self, data: bytes) -> None:
+        try:
+            if not self._started:
+                _write_all(self._stream, header(None))
+                self._started = True
+            _write_all(self._stream, data)
+            self._stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from error
 
 
 def open_sink(output: str) -> Sink:
@@ -131,7 +166,7 @@ def open_sink(output: str) -> Sink:
         return WavStream("standard output", sys.stdout.buffer)
     path = Path(output)
     if path.exists() and not path.is_file() and not path.is_dir():
-        return WavStream(output, path.open("wb"))
+        return WavStream(output, io.FileIO(path, "w"))
     if path.suffix.lower() not in ("", ".wav"):
         raise UsageError(f"-o {path}: speech is written as WAV; wanted a name that ends in .wav")
     return WavFile(path)
@@ -156,12 +191,13 @@ def header(nbytes: int | None) -> bytes:
     )
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
+def _write_all(file: BinaryIO | io.FileIO, data: bytes) -> None:
     """All of it, or an OSError: a disk with little room takes a part first."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
-def _unwritable(name: str, reason: str | None) -> LowVRAMError:
-    return LowVRAMError(f"cannot write {name}: {reason}; choose another place with -o")
+def _unwritable(name: str, error: OSError, kept: float = 0.0) -> str:
+    found = f"; its first {kept:.1f} s are kept" if kept else ""
+    return f"cannot write {name}: {error.strerror}{found}; choose another place with -o"

@@ -19,6 +19,7 @@ from lowvram.engine.context import Context
 from lowvram.engine.host_kv import HostKVCache
 from lowvram.engine.ladder import Ladder
 from lowvram.models.kv_cache import KVCache
+from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder, DecoderLayer
 from lowvram.quant import kernel_phase
 
@@ -66,12 +67,12 @@ class DecoderPasses:
         self.filled = place.shape[-1]
         return last
 
-    def step(self, x: Tensor, position: int) -> Tensor:
-        """Feed one input [1, 1, H]; returns its last hidden state [1, H]."""
-        place = torch.full((3, 1, 1), position, dtype=torch.long)
+    def step(self, x: Tensor, place: int | Rope) -> Tensor:
+        """Feed one input [1, 1, H] at a position, or with its rotary tables, which are then on the
+        device; returns its last hidden state [1, H]."""
 
         def run() -> Tensor:
-            rope = self._decoder.rope(place, x.dtype)
+            rope = self._rope(place, x.dtype)
             if not self._streams:
                 hidden: Tensor = self._decoder(x, rope, self._cache, self.filled)
                 return hidden[:, -1]
@@ -86,6 +87,11 @@ class DecoderPasses:
             last = self._ladder.climb(run, self._again)
         self.filled += 1
         return last
+
+    def _rope(self, place: int | Rope, dtype: torch.dtype) -> Rope:
+        if isinstance(place, tuple):
+            return place
+        return self._decoder.rope(torch.full((3, 1, 1), place, dtype=torch.long), dtype)
 
     @property
     def _streams(self) -> bool:

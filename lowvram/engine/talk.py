@@ -14,6 +14,7 @@ from lowvram.config import TalkerConfig
 from lowvram.engine.context import Context
 from lowvram.engine.encode import embed_tokens
 from lowvram.engine.host_kv import HostKVCache
+from lowvram.engine.inputs import Parts, Readback, StepInputs, Turns
 from lowvram.engine.passes import DecoderPasses, Feed
 from lowvram.engine.sampling import Sampler
 from lowvram.models.kv_cache import KVCache
@@ -85,18 +86,19 @@ class TalkLoop:
         self._positions = positions
         self._sampler, self._ends = sampler, frozenset(defaults.codec_end_ids)
         self._max_codes = max_codes
-        text_end, padding, voice = embed_tokens(
+        self._text_end, self._padding, self._voice = embed_tokens(
             context,
             [config.tts_text_end_token_id, config.tts_text_pad_token_id, voice_token],
         ).split(1)
-        self._voice = voice
-        self._text_end, self._padding = text_end, padding
         self._reply_over = False
         self._passes = DecoderPasses(context, PART, talker.model, cache, chunk)
-        self._next_position = int(positions.max()) + 3
+        self._turns = Turns(talker.model, context.dtype, int(positions.max()) + 3)
+        self._inputs: StepInputs | None = None
+        self._code: Tensor | None = None  # the one drawn last, int64 [1] on the device
+        self._readback = Readback(context.device)
         self._drawn = 0
-        self._last = 0  # the code drawn last
         self._ready: list[int] = []  # codes that nobody was told of
+        self._over = False  # a code that ends the reply has been seen
         self.ended = False
         """No further step does anything; `drain` may still have codes."""
 
@@ -104,11 +106,15 @@ class TalkLoop:
         """Run the prompt, the voice and the first reply state [1, E], and draw the first code."""
         assert self._prompt is not None
         tail = torch.cat([self._voice, first.to(self._voice)])
-        place = np.arange(self._next_position - 2, self._next_position)
+        place = np.arange(self._turns.start - 2, self._turns.start)
         positions = np.concatenate([self._positions, np.tile(place, (3, 1))], axis=1)
         feed = self._feed(self._prompt, tail)
         with self._context.phase("talk"):
-            self._draw(self._talker.logits(self._passes.prefill(feed, positions, None)))
+            logits = self._talker.logits(self._passes.prefill(feed, positions, None))
+            self._inputs = inputs = StepInputs(self._context.device, self._parts(logits))
+            self._add_noise(inputs.fill())
+            inputs.send()
+            self._draw(logits, inputs)
         self._prompt = None
 
     def step(self, reply: Tensor | None) -> Sequence[int]:
@@ -119,32 +125,72 @@ class TalkLoop:
                 place, then padding. After None there can be no state any more.
 
         Returns:
-            Codes that the host has come to know since the last call, in order; maybe none yet.
+            Codes that the host has come to know since the last call, in order. On an accelerator
+            the code just drawn is not among them: it is asked for while the next step computes.
         """
         if not self.ended:
-            text = self._text(reply)
+            assert self._inputs is not None and self._code is not None
+            talker, inputs, text = self._talker, self._inputs, self._text(reply)
             with self._context.phase("talk", stepwise=True):
-                talker = self._talker
-                code = torch.tensor([[self._last]], device=self._context.device.torch)
-                x = talker.project(talker.embed(code) + self._context.to_device(text)[None])
-                self._draw(talker.logits(self._passes.step(x, self._next_position)))
-            self._next_position += 1
-        return self.drain()
+                self._send(inputs, text)
+                there = inputs.there
+                x = talker.project(talker.embed(self._code[None]) + there["text"])
+                rope = there["cos"], there["sin"]
+                self._draw(talker.logits(self._passes.step(x, rope)), inputs)
+        return self._told()
 
     def drain(self) -> Sequence[int]:
-        """Codes that were drawn and of which nobody was told."""
+        """All codes that were drawn and of which nobody was told; waits for those under way."""
+        self._learn(0)
+        return self._told()
+
+    def _told(self) -> Sequence[int]:
         ready, self._ready = self._ready, []
         return ready
 
-    def _draw(self, logits: Tensor) -> None:
-        code = self._sampler(logits)
-        if code in self._ends:
-            self.ended = True
-            return
-        self._last = code
-        self._ready.append(code)
+    def _parts(self, logits: Tensor) -> Parts:
+        config, dtype = self._config, self._context.dtype
+        turn = (1, 1, 1, config.decoder.head_dim)
+        return {
+            "text": ((1, 1, config.embedding_size), dtype),
+            "cos": (turn, dtype),
+            "sin": (turn, dtype),
+            "noise": (logits.shape[1:] if self._sampler.random else (0,), torch.float32),
+        }
+
+    def _send(self, inputs: StepInputs, text: Tensor) -> None:
+        """Have the next step's inputs on their way; `text` [1, E] stands beside the code."""
+        host = inputs.fill()
+        for name, table in zip(("cos", "sin"), self._turns.next(), strict=True):
+            host[name].copy_(table)
+        self._add_noise(host)
+        at_home = text.device == self._context.host
+        if at_home:
+            host["text"].copy_(text[None])
+        inputs.send()
+        if not at_home:
+            inputs.there["text"].copy_(text[None])
+
+    def _add_noise(self, host: dict[str, Tensor]) -> None:
+        if self._sampler.random:
+            self._sampler.make_noise(host["noise"])
+
+    def _draw(self, logits: Tensor, inputs: StepInputs) -> None:
+        noise = inputs.there["noise"] if self._sampler.random else None
+        self._code = self._sampler.draw(logits, noise)
+        self._readback.send(self._code)
         self._drawn += 1
         self.ended = self._drawn == self._max_codes
+        self._learn(self._readback.lag)
+
+    def _learn(self, behind: int) -> None:
+        """Ask for codes until at most that many are on their way."""
+        while len(self._readback) > behind and not self._over:
+            code = self._readback.take()
+            if code in self._ends:
+                self._over = self.ended = True
+            else:
+                self._ready.append(code)
 
     def _text(self, reply: Tensor | None) -> Tensor:
         """What stands beside the next code, [1, E]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -47,12 +48,13 @@ class Kernel:
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import cpu, native, reference, tinygemm
+    from . import ascend, cpu, native, reference, tinygemm
 
     modules: dict[KernelName, ModuleType] = {
         "cpu": cpu,
         "native": native,
         "tinygemm": tinygemm,
+        "ascend": ascend,
         "reference": reference,
     }
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -63,4 +65,7 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
         name = "cpu" if name == "native" else "reference"
     module = modules[name]
     gated = native.gated if module is native else None
-    return Kernel(name, reason, module.prepare, module.run, module.JOINS, gated)
+    prepare = module.prepare
+    if module is ascend:
+        prepare = functools.partial(prepare, dtype=problem.dtype)
+    return Kernel(name, reason, prepare, module.run, module.JOINS, gated)

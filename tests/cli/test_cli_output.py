@@ -121,18 +121,21 @@ def test_words_that_the_stream_cannot_show_are_escaped(
     assert raw.getvalue() == b"caf\\xe9 \\U0001f600\n"
 
 
+@pytest.mark.parametrize("words", [0, 1])
 def test_a_reader_that_has_left_is_one_line(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: int
 ) -> None:
     read, write = os.pipe()
-    os.close(read)
+    engine.script = ["Hello", np.zeros(9, np.float32), " there"]
+    engine.script.insert(2 * words, lambda: os.close(read))
+    Path("lowvram.wav").write_bytes(b"old")
     with os.fdopen(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["-p", "hi", "-q"]) == 1
         pipe.write("what is left in the buffer goes nowhere")
     said = "lowvram-demo: error: standard output was closed before the reply was complete\n"
     assert capsys.readouterr().err == said
-    assert list(Path().iterdir()) == []
+    assert [path.read_bytes() for path in Path().iterdir()] == [b"old"]
 
 
 def test_where_an_unexpected_error_came_from(engine: Any, capsys: Any) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,36 @@ def test_no_speech_writes_no_file(engine: Any, capsys: Any) -> None:
     assert engine.opened[0].speech is False
 
 
-def test_a_reply_without_sound_leaves_no_file(engine: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_reply_without_sound_is_a_file_without_samples(
+    engine: Any, capsys: Any, before: bytes | None
+) -> None:
+    if before is not None:
+        Path("lowvram.wav").write_bytes(before)
     engine.script = ["ok"]
     assert main(["-p", "hi", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["audio_path"] is None
-    assert left_behind() == []
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["audio_path"], answer["audio_seconds"]) == ("lowvram.wav", 0.0)
+    assert soundfile.info("lowvram.wav").frames == 0
+    with wave.open("lowvram.wav") as file:
+        assert (file.getnframes(), file.getframerate(), file.getsampwidth()) == (0, 24_000, 2)
+    assert left_behind() == ["lowvram.wav"]
+
+
+def test_a_stream_without_sound_is_a_header(engine: Any, capfdbinary: Any) -> None:
+    engine.script = ["ok"]
+    assert main(["-p", "hi", "-o", "-"]) == 0
+    out, _ = capfdbinary.readouterr()
+    assert (out[:4], out[36:40], len(out)) == (b"RIFF", b"data", 44)
+    assert len(soundfile.read(io.BytesIO(out))[0]) == 0
+
+
+def test_interrupted_before_the_first_sound_it_leaves_what_was_there(engine: Any) -> None:
+    Path("lowvram.wav").write_bytes(b"old")
+    engine.script = ["Hello", KeyboardInterrupt()]
+    assert main(["-p", "hi"]) == 130
+    assert Path("lowvram.wav").read_bytes() == b"old"
+    assert left_behind() == ["lowvram.wav"]
 
 
 def test_speech_on_stdout_and_words_on_stderr(engine: Any, capfdbinary: Any) -> None:

@@ -7,6 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +63,100 @@ def test_a_killed_process_leaves_a_file_that_opens(tmp_path: Path) -> None:
     assert soundfile.info(place).frames == 500
 
 
-def test_a_disk_that_fills_up_is_one_line(engine: Any, capsys: Any) -> None:
-    engine.script = ["Hello", NOISE, NOISE]
+@contextmanager
+def room_for(nbytes: int) -> Iterator[None]:
+    """Files of this process can be no longer, as if the disk were full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
-        assert main(["-p", "hi", "-q"]) == 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    said = "lowvram-demo: error: cannot write lowvram.wav: File too large; choose another place"
+
+
+@pytest.mark.parametrize(
+    ("room", "kept", "told"),
+    [
+        (20, None, ""),
+        (9_000, None, ""),
+        (15_000, 5_000, "its first 0.2 s are kept; "),
+        (20_100, 10_000, "its first 0.4 s are kept; "),
+    ],
+)
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_full_disk_is_one_line_and_keeps_what_it_took(
+    engine: Any, capsys: Any, room: int, kept: int | None, told: str, before: bytes | None
+) -> None:
+    if before is not None:
+        Path("lowvram.wav").write_bytes(before)
+    engine.script = ["Hello", NOISE, NOISE, NOISE]
+    with room_for(room):
+        assert main(["-p", "hi", "-q"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(said)
+    said = f"cannot write lowvram.wav: File too large; {told}choose another place with -o"
+    assert line == f"lowvram-demo: error: {said}"
+    if kept is None:
+        left = [] if before is None else ["lowvram.wav"]
+        assert before is None or Path("lowvram.wav").read_bytes() == before
+    else:
+        left = ["lowvram.wav"]
+        samples, _ = soundfile.read("lowvram.wav", dtype="int16")
+        assert np.array_equal(samples, pcm16(np.tile(NOISE, 2)[:kept]))
+        assert Path("lowvram.wav").stat().st_size == 44 + 2 * kept
+        with wave.open("lowvram.wav") as file:
+            assert file.readframes(kept + 1) == samples.tobytes()
+    assert [path.name for path in Path().iterdir()] == left
+
+
+def test_no_room_for_a_header_is_one_line(engine: Any, capsys: Any) -> None:
+    engine.script = ["ok"]
+    with room_for(20):
+        assert main(["-p", "hi", "-q"]) == 1
+    said = "cannot write lowvram.wav: File too large; choose another place with -o"
+    assert capsys.readouterr().err == f"lowvram-demo: error: {said}\n"
     assert list(Path().iterdir()) == []
+
+
+def test_a_device_that_takes_nothing_is_one_line(tmp_path: Path) -> None:
+    done = run_stand_in(tmp_path, "run", "-p", "hi", "-q", "-o", "/dev/full", stdout="/dev/null")
+    assert done == (1, "lowvram-demo: error: /dev/full: No space left on device\n")
+
+
+@pytest.mark.parametrize("flags", [("--no-speech",), ("--no-speech", "--json"), ("-o", "-")])
+def test_a_full_standard_output_is_named(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    done = run_stand_in(tmp_path, "run", "-p", "hi", "-q", *flags, stdout="/dev/full")
+    assert done == (1, "lowvram-demo: error: standard output: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+STAND_IN = """
+import sys
+import numpy as np
+sys.path[:0] = {paths!r}
+from cli.conftest import Engine, StandIn
+from lowvram.cli.main import main
+from lowvram.cli.request import Request
+engine = Engine()
+Request.find_checkpoint = lambda request: engine.checkpoint()
+Request.open_model = lambda request: engine.opened.append(request) or StandIn(engine)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_stand_in(folder: Path, *argv: str, stdout: str) -> tuple[int, str]:
+    """The command as a process of its own, on the stand-in for the engine: code and stderr."""
+    work = STAND_IN.format(paths=[str(Path(__file__).parents[1])])
+    with open(stdout, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", work, *argv],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+            cwd=folder,
+        )
+    return done.returncode, done.stderr.decode()
 
 
 @pytest.mark.parametrize(

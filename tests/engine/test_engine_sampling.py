@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from allocations import Allocations
 
 from lowvram.engine.sampling import Sampler
 from lowvram.settings import SamplingSettings
@@ -62,6 +63,39 @@ def test_draws_follow_the_probabilities() -> None:
     drawn = Counter(sampler(probabilities.log()[None]) for _ in range(4000))
     for token, probability in enumerate(probabilities.tolist()):
         assert drawn[token] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+def test_draws_are_those_of_multinomial() -> None:
+    sampler = Sampler(SamplingSettings(temperature=0.7), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(50):
+        chances = (logits(step)[0] / 0.7).softmax(0)
+        assert sampler(logits(step)) == int(torch.multinomial(chances, 1, generator=generator))
+
+
+DRAWING = [
+    SamplingSettings(temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.05),
+    SamplingSettings(temperature=1.0),
+    SamplingSettings(repetition_penalty=0.9),
+    SamplingSettings(),
+]
+
+
+@pytest.mark.parametrize("settings", DRAWING, ids=str)
+def test_drawing_where_the_logits_are_is_the_same_and_allocates_once(
+    settings: SamplingSettings,
+) -> None:
+    called, kept = (
+        Sampler(settings, seed=8, suppress=SUPPRESSED, history=HISTORY) for _ in range(2)
+    )
+    noise = torch.empty(64)
+    for step in range(40):
+        drawn = called(logits(step))
+        given, clocks = logits(step), kept.make_noise(noise) if kept.random else None
+        with Allocations() as made:
+            token = kept.draw(given, clocks)
+        assert int(token) == drawn
+        assert bool(made.sizes) == (step == 0)
 
 
 def test_a_seed_fixes_the_draws_and_another_changes_them() -> None:

@@ -168,6 +168,12 @@ def test_what_ascend_has_not_is_refused() -> None:
     with pytest.raises(RuntimeError, match="Conv3d in BFloat16 does not compile"):
         volume = torch.zeros(1, 1, 2, 2, 2, dtype=torch.bfloat16, device=NPU)
         F.conv3d(volume, volume)
+    with pytest.raises(RuntimeError, match="missing kernel for npu"):
+        torch.kaiser_window(12, device=NPU)
+    q = torch.zeros(1, 1, 2, 8, device=NPU)
+    for mask in (torch.zeros(2, 2, device=NPU), torch.ones(2, 2, dtype=torch.bool, device=NPU)):
+        with pytest.raises(RuntimeError, match="takes neither mask"):
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
     with pytest.raises(RuntimeError, match="bitwise_right_shift is not supported"):
         torch.bitwise_right_shift(torch.zeros(4, dtype=torch.int32, device=NPU), 1)
     with pytest.raises(RuntimeError, match="shift__ is not supported"):
@@ -175,6 +181,17 @@ def test_what_ascend_has_not_is_refused() -> None:
     assert not sim.host_operators()
     torch.isin(torch.zeros(4, device=NPU), torch.zeros(1, device=NPU))
     assert sim.host_operators() == {"aten::isin": 1}
+
+
+@simulated
+def test_depthwise_transposed_convolutions_are_as_long_as_is_allowed() -> None:
+    x, weight = torch.zeros(1, 2, 40, device=NPU), torch.zeros(2, 1, 12, device=NPU)
+    F.conv_transpose1d(x, weight, stride=2, groups=2)
+    sim.configure(transposed=32)
+    with pytest.raises(RuntimeError, match="of 40 samples takes a long time; do at most 32"):
+        F.conv_transpose1d(x, weight, stride=2, groups=2)
+    F.conv_transpose1d(x[..., :32], weight, stride=2, groups=2)
+    F.conv_transpose1d(x, torch.zeros(2, 1, 12, device=NPU), stride=2)
 
 
 @simulated
@@ -261,6 +278,7 @@ def test_the_planned_allocation_fails_once() -> None:
 def test_our_device_reads_its_sizes_from_it() -> None:
     sim.configure(limit=2 << 30, context=FALLBACK_CONTEXT_BYTES, others=256 * MIB)
     device = open_device("npu")
+    assert torch.npu.jit_compile is torch.npu.config.allow_internal_format is False
     assert (device.name, device.type, device.total_bytes()) == (NPU, "npu", 2 << 30)
     assert device.free_bytes() == (2 << 30) - 256 * MIB
     assert device.has_bfloat16()

@@ -180,7 +180,7 @@ def test_the_phase_chooses_the_kernel_and_the_rows_do_not(monkeypatch: pytest.Mo
             "reference",
             "tinygemm kernel cannot: CUDA",
         ),
-        (Problem("npu", torch.bfloat16, 256, 64, 128), "auto", "reference", "product on npu"),
+        (Problem("npu", torch.bfloat16, 256, 64, 128), "auto", "reference", "no NPU is open"),
         (Problem("cpu", torch.bfloat16, 256, 80, 128), "auto", "reference", "80 outputs"),
     ],
 )

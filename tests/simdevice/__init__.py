@@ -16,6 +16,7 @@ from .device import (
     races,
     refusals,
     reset,
+    waits,
 )
 from .process import simulated
 
@@ -35,4 +36,5 @@ __all__ = [
     "refusals",
     "reset",
     "simulated",
+    "waits",
 ]

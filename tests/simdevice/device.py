@@ -37,7 +37,10 @@ def configure(**numbers: float) -> None:
 
     Bytes: `limit` (all of its memory), `context` (the driver's, of this process), `others` (other
     processes'). Bytes a second: `h2d`, `d2h` (pinned), `hbm`. `pageable`: the share of these that
-    copies of unpinned memory reach. `flops` a second. `launch`: seconds of the host for each task.
+    copies of unpinned memory reach. `transposed`: samples that a depthwise transposed convolution
+    is given at once, at most (longer ones are an order of magnitude slower on Ascend from 6144 on,
+    github.com/vllm-project/vllm-omni/pull/7896); 0, as it begins: any. `flops` a second. `launch`:
+    seconds of the host for each task.
     """
     for name, value in numbers.items():
         _native().set(name, value)
@@ -82,6 +85,12 @@ def allocations() -> int:
 def refusals() -> int:
     """Allocations refused since `reset`, for the limit or as planned."""
     return _native().size("refusals")
+
+
+def waits() -> int:
+    """How often the host has waited for the device since `reset`; a copy that is not of pinned
+    memory, or not asked to be on its own, is a wait."""
+    return _native().size("waits")
 
 
 def live_bytes() -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ def make_module(native: Native) -> ModuleType:
         return lambda index=None: native.size(name)
 
     module = ModuleType("torch.npu")
+    module.__dict__["config"] = SimpleNamespace(allow_internal_format=True)
+    module.__dict__["jit_compile"] = True
     names: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -80,6 +82,7 @@ def make_module(native: Native) -> ModuleType:
         "synchronize": lambda index=None: torch.accelerator.synchronize(device),
         "current_stream": lambda index=None: torch.accelerator.current_stream(device),
         "set_stream": torch.accelerator.set_stream,
+        "set_compile_mode": lambda jit_compile: module.__dict__.update(jit_compile=jit_compile),
         "default_stream": lambda index=None: torch.Stream(
             stream_id=0, device_index=0, device_type=device_type()
         ),

@@ -30,7 +30,8 @@ bool sim_set(const char* name, double value) {
       {"hbm", &config.hbm}, {"flops", &config.flops}, {"launch", &config.launch},
       {"share", &memory.share}};
   const std::map<std::string, size_t*> sizes = {
-      {"limit", &memory.total}, {"context", &memory.context}, {"others", &memory.others}};
+      {"limit", &memory.total}, {"context", &memory.context}, {"others", &memory.others},
+      {"transposed", &machine().transposed}};
   const std::map<std::string, int64_t*> failures = {
       {"fail_device", &memory.fail_in}, {"fail_pinned", &memory.fail_pinned_in}};
   if (auto f = rates.find(name); f != rates.end()) *f->second = value;
@@ -60,6 +61,7 @@ double sim_get(const char* name) {
       {"allocations", m.allocations},
       {"frees", m.frees},
       {"refusals", m.refusals},
+      {"waits", machine().waits},
       {"pinned", machine().pinned.bytes()},
       {"blocks", machine().blocks.size()}};
   auto found = numbers.find(name);
@@ -72,6 +74,7 @@ void sim_reset() {
   machine().clock.zero();
   machine().races.clear();
   machine().on_host.clear();
+  machine().waits = 0;
   auto& memory = machine().memory;
   memory.allocations = memory.frees = memory.refusals = 0;
   memory.fail_in = memory.fail_pinned_in = 0;

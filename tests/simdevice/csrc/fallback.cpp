@@ -24,7 +24,6 @@ const std::map<std::string, const char*> kRefused = {
     {"aten::masked_scatter", "how much it reads depends on data; use index_copy"},
     {"aten::masked_scatter_", "how much it reads depends on data; use index_copy_"},
     {"aten::masked_select", "its shape depends on data; use where"},
-    {"aten::kaiser_window", "build the window on the CPU"},
     {"aten::bitwise_left_shift", kShift},
     {"aten::bitwise_right_shift", kShift},
     {"aten::__lshift__", kShift},

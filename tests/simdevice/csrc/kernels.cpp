@@ -119,6 +119,10 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
                    c10::SymIntArrayRef output_padding, c10::SymInt groups) {
   TORCH_CHECK(input.dim() < 5 || input.scalar_type() == c10::ScalarType::Float,
               "npu: Conv3d in ", input.scalar_type(), " does not compile (E40021); use a linear");
+  const size_t longest = machine().transposed, length = input.size(-1);
+  TORCH_CHECK(!transposed || groups.expect_int() == 1 || !longest || length <= longest,
+              "npu: a depthwise transposed convolution of ", length, " samples takes a long time; ",
+              "do at most ", longest, " at once");
   Work work("aten::convolution");
   work.reads(input);
   work.reads(weight);

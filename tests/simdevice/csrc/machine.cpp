@@ -70,6 +70,7 @@ void Machine::release(void* pointer) {
 }
 
 void Machine::host_waits(const Moment& moment) {
+  waits++;
   clock.host.join(moment);
   pinned.settle(clock.host);
 }

@@ -61,6 +61,8 @@ struct Machine {
   Shadow shadow{races};
   PinnedMemory pinned{races};
   Memory memory;
+  size_t transposed = 0;  // the longest input of a depthwise transposed convolution; 0: any
+  int64_t waits = 0;  // times that the host waited for the device, or asked whether it is done
   std::map<std::string, int64_t> on_host;  // operators the real device has no kernel for
 
   struct Block {
