@@ -34,7 +34,7 @@ JOINS: dict[str, int] = {}
 MOST = 65_535
 """Inputs and outputs of one product, at most."""
 
-_SIGNS = 0x88888888 - (1 << 32)
+SIGNS = 0x88888888 - (1 << 32)
 """Turns the highest bit of all eight nibbles of an int32: 0..15 -> -8..7."""
 
 _TRIED = 0x76549810
@@ -70,13 +70,11 @@ def prepare(
     rows = max(PIECE_WEIGHTS["ascend"] // outputs, 1)
     for start in range(0, inputs, rows):
         some = slice(start, start + rows)
-        words = in_order(qweight[some].cpu()) ^ _SIGNS
+        words = in_order(qweight[some].cpu()) ^ SIGNS
         for columns in pieces:
             place = _piece(packed, columns, inputs, 8)
             place[some].copy_(words[:, columns.start // 8 : columns.stop // 8])
-    largest = torch.finfo(dtype).max
-    steps = scales.cpu().float().clamp_(-largest, largest).to(dtype)
-    pairs = torch.stack((steps, (8 - unpack(qzeros.cpu())).to(dtype)))
+    pairs = torch.stack((in_type(scales.cpu(), dtype), (8 - unpack(qzeros.cpu())).to(dtype)))
     if len(pieces) > 1:
         pairs = torch.cat([pairs[:, :, columns].flatten() for columns in pieces])
     return {"packed": packed, "scales_and_offsets": pairs.to(qweight.device)}
@@ -94,13 +92,9 @@ def run(
     packed, pairs = held["packed"], held["scales_and_offsets"]
     rows, inputs = x.contiguous(), x.shape[1]
     outputs = packed.numel() * 8 // inputs
-    # One group for all inputs is another mode of the operator, and no group size in it.
-    size = group if inputs > group else 0
-    if x.dtype == torch.bfloat16 and bias is not None:
-        bias = bias.float()
     pieces = column_pieces(outputs)
     if len(pieces) == 1 and len(x):  # the operator takes no empty tensors
-        return _product(rows, packed, pairs, bias, size)
+        return product(rows, packed, pairs, bias, group)
     result = x.new_empty(len(x), outputs)
     for columns in pieces:
         words = _piece(packed, columns, inputs, 8)
@@ -109,7 +103,7 @@ def run(
         count = max(PIECE_WEIGHTS["ascend"] // (columns.stop - columns.start), 1)
         for start in range(0, len(x), count):
             some = slice(start, start + count)
-            result[some, columns] = _product(rows[some], words, steps, added, size)
+            result[some, columns] = product(rows[some], words, steps, added, group)
     return result
 
 
@@ -135,15 +129,25 @@ def _piece(flat: Tensor, columns: slice, rows: int, per_element: int) -> Tensor:
     return flat.view(-1)[first:last].view(rows, -1)
 
 
-def _product(x: Tensor, weight: Tensor, pairs: Tensor, bias: Tensor | None, group: int) -> Tensor:
+def in_type(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the type of the activations; none becomes infinite by that."""
+    if dtype == torch.float16 != scales.dtype:
+        largest = torch.finfo(dtype).max
+        scales = scales.float().clamp_(-largest, largest)
+    return scales.to(dtype)
+
+
+def product(x: Tensor, weight: Tensor, pairs: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """One call of the operator: contiguous x [M, K] and weight [K, N/8], pairs [2, K/g, N]."""
     operator: Any = getattr(torch.ops.npu, chips.OPERATOR)
     out: Tensor = operator(
         x,
         weight,
         antiquant_scale=pairs[0],
         antiquant_offset=pairs[1],
-        bias=bias,
-        antiquant_group_size=group,
+        bias=bias.float() if bias is not None and x.dtype == torch.bfloat16 else bias,
+        # One group for all inputs is another mode of the operator, with no group size in it.
+        antiquant_group_size=group if len(weight) > group else 0,
     )
     return out
 

@@ -29,11 +29,24 @@ def into_floats(words: Tensor, values: Tensor, halves: Tensor) -> None:
     """
     rows, count = words.shape
     # Bytes hold two nibbles each; two bytes hold even outputs, then two hold odd ones.
-    stored = words.view(torch.uint8).view(rows, count, 2, 2)
     low, high = halves.view(2, rows, count, 2, 2)
-    low.copy_(stored)
-    torch.mul(low, 1 / 16, out=high).floor_()
-    low.sub_(high, alpha=16)
+    _split(words.view(torch.uint8).view(rows, count, 2, 2), low, high)
     placed = values.view(rows, count, 2, 2, 2)
     placed[:, :, :, 0] = low.transpose(2, 3)
     placed[:, :, :, 1] = high.transpose(2, 3)
+
+
+def as_stored(words: Tensor) -> Tensor:
+    """int32 [R, N/8] -> fp32 [R, N] of 0..15 in the order of the file's nibbles, from the lowest;
+    without shifts, like `into_floats`."""
+    stored = words.view(torch.uint8)
+    low, high = torch.empty((2, *stored.shape), dtype=torch.float32, device=words.device)
+    _split(stored, low, high)
+    return torch.stack((low, high), dim=-1).flatten(1)
+
+
+def _split(stored: Tensor, low: Tensor, high: Tensor) -> None:
+    """Bytes -> their low and their high four bits, as floats."""
+    low.copy_(stored)
+    torch.mul(low, 1 / 16, out=high).floor_()
+    low.sub_(high, alpha=16)
