@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Kernel, Problem, select
+from .kernels import Kernel, Problem, select, select_stored
 from .phase import current_phase
 from .scratch import Scratch
 from .sizes import Asked
@@ -32,8 +32,8 @@ class QuantLinear(nn.Module):
             its own by default.
 
     `after_load()` chooses the kernel and brings the stored tensors into its layout, in their
-    place: there is one copy of the weights. Without it the reference kernel is used. Where nothing
-    is left to do it does nothing.
+    place: there is one copy of the weights. Without it a kernel is used that computes from the
+    stored tensors on the device they come to. Where nothing is left to do it does nothing.
     """
 
     qweight: Tensor
@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
 
     def as_built(self) -> None:
         """The tensors are again, or for the first time, the stored ones: compute from those."""
-        self.kernel = self.choose("meta")
+        self._stored_on, self.kernel = "meta", self.choose("meta")
         self._held: tuple[str, ...] = _STORED
         self.joined: tuple[int, ...] = ()
         """Outputs of each of the linears that this one computes, itself first; empty if alone."""
@@ -87,8 +87,14 @@ class QuantLinear(nn.Module):
 
     def choose(self, device: str) -> Kernel:
         """The kernel for this linear on a device of that type, and the reason for it."""
-        shape = (self.in_features, self.out_features, self.group_size)
-        return select(Problem(device, self.dtype, *shape), self.asked)
+        return select(self._problem(device), self.asked)
+
+    def _as_stored(self, device: str) -> Kernel:
+        """The kernel for stored tensors on a device of that type."""
+        return select_stored(self._problem(device), self.asked)
+
+    def _problem(self, device: str) -> Problem:
+        return Problem(device, self.dtype, self.in_features, self.out_features, self.group_size)
 
     def after_load(self) -> None:
         """Choose the kernel for where the tensors now are, and give it its layout."""
@@ -108,6 +114,8 @@ class QuantLinear(nn.Module):
         """x [..., K], of the type given at the start -> [..., N]; the outputs of all that are
         joined to this one, side by side."""
         rows, held = x.reshape(-1, self.in_features), self._prepared()
+        if self._held is _STORED and self._stored_on != rows.device.type:
+            self._stored_on, self.kernel = rows.device.type, self._as_stored(rows.device.type)
         out = self.kernel.run(rows, held, self.bias, self.group_size, current_phase(), self.scratch)
         return out.view(*x.shape[:-1], out.shape[1])
 

@@ -62,15 +62,14 @@ def preferred_kernel(
 
 
 def _on_npu(dtype: str) -> KernelChoice:
-    streamed = "layers that stream are de-quantized as they arrive, without bit shifts"
     if dtype not in ("bfloat16", "float16"):
         return KernelChoice("reference", f"Ascend's 4-bit product is in 16 bits, not in {dtype}")
     refused = chips.refusal()
     if refused is not None:
         return KernelChoice("reference", f"{refused}; weights are de-quantized for every product")
-    reason = f"{dtype} on Ascend: {chips.OPERATOR} in both phases; {streamed}"
+    reason = f"{dtype} on Ascend: {chips.OPERATOR} in both phases, of layers that stream too"
     for shape, why in chips.refused_shapes.items():
-        reason += f"; so are linears of {shape}: {why}"
+        reason += f"; linears of {shape} are de-quantized: {why}"
     return KernelChoice("ascend", reason)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -69,3 +69,14 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     if module is ascend:
         prepare = functools.partial(prepare, dtype=problem.dtype)
     return Kernel(name, reason, prepare, module.run, module.JOINS, gated)
+
+
+def select_stored(problem: Problem, asked: Asked = "auto") -> Kernel:
+    """The same for tensors that are to stay as the file has them: of a layer that streams."""
+    from . import ascend_stored
+
+    dtype = str(problem.dtype).removeprefix("torch.")
+    name, reason = preferred_kernel(problem.device, dtype, asked, problem.inputs * problem.outputs)
+    if name == "ascend" and ascend_stored.refusal(problem) is None:
+        return Kernel(name, reason, ascend_stored.prepare, ascend_stored.run, ascend_stored.JOINS)
+    return select(replace(problem, device="meta"), asked)

@@ -210,7 +210,7 @@ def test_a_shape_that_the_operator_refuses_is_told_and_computed_otherwise() -> N
         # Plans from here on say so.
         name, reason = preferred_kernel("npu", "bfloat16")
         assert name == "ascend"
-        assert "linears of 256 x 192: npu_weight_quant_batchmatmul fails: tiling" in reason
+        assert "256 x 192 are de-quantized: npu_weight_quant_batchmatmul fails: tiling" in reason
 
 
 @simulated
@@ -240,16 +240,49 @@ def test_a_device_that_is_full_is_no_failure_of_the_operator() -> None:
         assert select(problem).name == "ascend" and chips.refused_shapes == {}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_linear_that_streams_computes_what_one_that_stays_does(
+    dtype: torch.dtype, rows: int
+) -> None:
+    """It has no `after_load`: the operator computes from the file's words, within the scratch that
+    is planned for de-quantizing them."""
+
+    @simulated
+    def inside() -> None:
+        prepare_device()
+        x = torch.randn(rows, 256).to(dtype).to("npu")
+        with operator.defined():
+            stays = packed("npu", dtype)
+            stays.after_load()
+            wanted = stays(x)
+            layer = packed("npu", dtype)
+            words = layer.qweight.cpu()
+            layer(x[:1])  # tries the operator
+            layer.scratch.free()
+            held = sim.live_bytes()
+            torch.npu.reset_peak_memory_stats()
+            found = layer(x)
+            peak = torch.npu.max_memory_allocated() - held - found.nbytes
+            assert layer.kernel.name == "ascend" and torch.equal(layer.qweight.cpu(), words)
+            assert torch.equal(found.cpu(), wanted.cpu())
+        # Rounding up to 512 bytes counts, of so small tensors.
+        assert 0 < peak <= scratch_bytes(256, 192, "reference", 64) + 16 * 512
+        assert sim.host_operators() == {} and sim.races() == []
+
+    inside()
+
+
 @simulated
 def test_a_linear_that_streams_needs_no_operator() -> None:
-    """It has no `after_load`: from the file's layout it is de-quantized, within its scratch."""
+    """Without one it is de-quantized, without shifts and within its scratch."""
     prepare_device()
     meter = Meter(open_device("npu"))
     layer = packed("npu", torch.float16)
     x = torch.randn(4, 256).half()
-    with operator.defined(), meter.phase("work"), torch.inference_mode():
+    with meter.phase("work"), torch.inference_mode():
         found = layer(x.to("npu"))
-        assert operator.calls == []
+    assert layer.kernel.name == "reference"
     assert error(found, packed("cpu", torch.float16)(x)) < 1e-6
     assert 0 < layer.scratch.nbytes <= scratch_bytes(256, 192, "reference", 64)
     assert sim.host_operators() == {}
@@ -258,7 +291,7 @@ def test_a_linear_that_streams_needs_no_operator() -> None:
 def test_nothing_is_asked_of_a_torch_npu_that_was_not_opened() -> None:
     assert "torch_npu" not in sys.modules
     name, reason = preferred_kernel("npu", "float16")
-    assert name == "ascend" and "layers that stream are de-quantized" in reason
+    assert name == "ascend" and "of layers that stream too" in reason
     assert "torch_npu" not in sys.modules
     kernel = select(Problem("npu", torch.float16, *SHAPE))
     assert kernel.name == "reference" and "no NPU is open" in kernel.reason
