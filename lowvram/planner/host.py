@@ -46,7 +46,7 @@ def _copies(option: Option, source: Source) -> int:
 def source_for(device_type: str, moved: int, waiting: int, host_free: int) -> tuple[Source, str]:
     """Where units that stream `moved` bytes a pass wait, and why, in words."""
     if device_type == "cpu":
-        return "file", "the device is host memory: streamed units are read from the file"
+        return "file", "the file: the device is host memory"
     wanted = moved + waiting
     have = f"{format_size(host_free)} of host memory are free"
     if wanted + HOST_RESERVE_BYTES <= host_free:

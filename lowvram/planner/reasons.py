@@ -116,8 +116,8 @@ def _times(choices: Choices, choice: Choice, rows: Sequence[PhasePlan]) -> Itera
         if row.name == "decode":
             tokens = expected_tokens(choices.request)
             yield (
-                f"decode: about {tokens / row.seconds:.3g} tokens a second over {tokens} tokens, "
-                f"bound by {row.bound}"
+                f"decode: about {_about(tokens / row.seconds)} tokens a second over {tokens} "
+                f"tokens, bound by {row.bound}"
             )
     if choice.talk is not None:
         codes = expected_codes(choices.request)
@@ -127,8 +127,10 @@ def _times(choices: Choices, choice: Choice, rows: Sequence[PhasePlan]) -> Itera
         )
 
 
-def _about(seconds: float) -> str:
-    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+def _about(number: float) -> str:
+    if number >= 1:
+        return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
+    return f"{number:.2g}"
 
 
 def _later(
@@ -139,21 +141,24 @@ def _later(
     minimum: int,
     fits: bool,
 ) -> Iterator[str]:
-    """What options of later versions would gain, where that would change something."""
+    """What options that are not used here would gain, where that would change something."""
+    unused = f"not used on {question.facts.type} by this version"
     if not fits:
         for name, size in later_gains(question, minimum).items():
             yield (
                 f"{name} would lower the smallest budget by {format_size(minimum - size)} to "
-                f"{format_size(size, round_up=True)}; this version does not use it"
+                f"{format_size(size, round_up=True)}; {unused}"
             )
     elif choice.talk is not None and choice.order != "together":
-        yield from _early_speech(question, choices, budget)
+        yield from _early_speech(question, choices, budget, unused)
     for name in question.allow:
         if not (question.head and name.startswith("head")):
-            yield f"{name} is allowed; no plan of this version uses it"
+            yield f"{name} is allowed; {unused}"
 
 
-def _early_speech(question: Question, choices: Choices, budget: Budget) -> Iterator[str]:
+def _early_speech(
+    question: Question, choices: Choices, budget: Budget, unused: str
+) -> Iterator[str]:
     """Thinker, Talker and vocoder at once: what speaking while the Thinker writes would need."""
     needed = minimum_budget(_together(choices))
     yield (
@@ -166,7 +171,7 @@ def _early_speech(question: Question, choices: Choices, budget: Budget) -> Itera
         other = question.with_later(name)
         less = minimum_budget(_together(Choices(other.request(), other.facts, choices.source)))
         if less < needed:
-            yield f"{name} would take {format_size(needed - less)} off that; not in this version"
+            yield f"{name} would take {format_size(needed - less)} off that; {unused}"
 
 
 def _together(choices: Choices) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,19 @@ def test_a_refusal_says_what_each_change_saves(capsys: Any) -> None:
     assert main(["plan", "-m", AWQ, "--prompt-tokens", "900", "--max-memory", "1GiB"]) == 3
     out, err = capsys.readouterr()
     assert "--no-speech" in err and " less)" in err
-    assert "vocoder16 would lower the smallest budget by" in out
+    (line,) = (one for one in out.splitlines() if "vocoder16 would lower" in one)
+    assert line.endswith("; not used on cuda by this version")
+
+
+def test_what_streams_and_how_fast_is_said_in_plain_words(capsys: Any) -> None:
+    assert main(["plan", "--device", "cpu", "--max-memory", "16MiB"]) == 3
+    out = capsys.readouterr().out
+    assert "\n- streamed units come from the file: the device is host memory\n" in out
+    assert main(["plan", "--device", "cpu", "--no-speech"]) == 0
+    assert re.search(r"decode: about \d+ tokens a second over 48 tokens", capsys.readouterr().out)
+    assert main(["plan", "--device", "cpu"]) == 0
+    first = re.search(r"the first sound after about (\S+) s, the last", capsys.readouterr().out)
+    assert first and float(first[1]) > 0
 
 
 def test_a_config_alone_is_enough(tmp_path: Path, capsys: Any) -> None:
