@@ -75,9 +75,8 @@ def prepare(
             place = _piece(packed, columns, inputs, 8)
             place[some].copy_(words[:, columns.start // 8 : columns.stop // 8])
     pairs = torch.stack((in_type(scales.cpu(), dtype), (8 - unpack(qzeros.cpu())).to(dtype)))
-    if len(pieces) > 1:
-        pairs = torch.cat([pairs[:, :, columns].flatten() for columns in pieces])
-    return {"packed": packed, "scales_and_offsets": pairs.to(qweight.device)}
+    held = _one_after_another(pairs, pieces).to(qweight.device)
+    return {"packed": packed, "scales_and_offsets": held}
 
 
 def run(
@@ -121,6 +120,13 @@ def small_trial() -> str | None:
         return _trial(Problem("npu", torch.float16, 256, 64, 64))
     except torch.OutOfMemoryError:
         return None
+
+
+def _one_after_another(pairs: Tensor, pieces: list[slice]) -> Tensor:
+    """[2, K/g, N] -> the same, or flat where there are several pieces of columns."""
+    if len(pieces) == 1:
+        return pairs.contiguous()
+    return torch.cat([pairs[:, :, columns].flatten() for columns in pieces])
 
 
 def _piece(flat: Tensor, columns: slice, rows: int, per_element: int) -> Tensor:
@@ -169,7 +175,7 @@ def _trial(problem: Problem) -> str | None:
     pairs = torch.stack((steps, torch.full_like(steps, 3))).unsqueeze(2).expand(-1, -1, outputs)
     held = {
         "packed": torch.full((inputs, outputs // 8), _TRIED, dtype=torch.int32, device=device),
-        "scales_and_offsets": pairs.contiguous().to(device),
+        "scales_and_offsets": _one_after_another(pairs, column_pieces(outputs)).to(device),
     }
     try:
         found = run(rows.to(device), held, None, problem.group, "decode", Scratch()).cpu()

@@ -10,7 +10,7 @@ import torch
 from simdevice import operator
 from torch import Tensor
 
-from lowvram.quant import Scratch, dequantize, linear_bytes, pack, sizes
+from lowvram.quant import Problem, Scratch, dequantize, linear_bytes, pack, sizes
 from lowvram.quant.kernels import ascend
 
 RNG = np.random.default_rng(11)
@@ -121,6 +121,7 @@ def test_wide_outputs_go_in_pieces_and_change_nothing(
     monkeypatch.setitem(sizes.PIECE_WEIGHTS, "ascend", 3 * 192)
     pieces = ascend.column_pieces(520)
     assert [(one.start, one.stop) for one in pieces] == [(0, 192), (192, 384), (384, 520)]
+    assert ascend._trial(Problem("cpu", dtype, 96, 520, 32)) is None
     operator.calls.clear()
     assert torch.equal(product(x, tensors, bias, 32), whole)
     # Results of one piece of columns and some rows at a time, never wider than planned.
