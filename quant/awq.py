@@ -1,21 +1,24 @@
 """One decoder layer into four bits, with every decision judged by held-out inputs.
 
 Scales on the inputs of linears (`search_scales`, folded by `search_fold`), then the ends of the
-ranges (`search_ranges`), one group of linears after the other. The start is rounding to nearest,
-and nothing is kept that makes the layer's held-out output worse. Arithmetic is float32.
+ranges (`search_ranges`), one group of linears after the other; last, if asked for, each group is
+rounded so that errors make up for each other (`gptq`). The start is rounding to nearest, and
+nothing is kept that makes the layer's held-out output worse. Arithmetic is float32.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lowvram.errors import CheckpointError
 
+from .gptq import Compensation
+from .gptq_inputs import products
 from .kernels.reference import dequantize
 from .search_fold import GROUP_OF, GROUPS, PRODUCERS, Fold
 from .search_grid import (
@@ -23,7 +26,6 @@ from .search_grid import (
     MOST_STEP,
     Coded,
     Grid,
-    Rounding,
     clipped_share,
     full_range,
     nearest,
@@ -54,8 +56,6 @@ def quantize_layer(
     inputs: LayerInputs | None,
     geometry: Geometry,
     settings: SearchSettings,
-    *,
-    rounding: Rounding = nearest,
 ) -> LayerResult:
     """Pack the linears of a layer.
 
@@ -64,20 +64,22 @@ def quantize_layer(
         forward, capture, inputs: the layer and its calibration inputs; without them (None, or no
             item) only ranges are searched, by the error of the weights themselves.
         geometry: how value channels belong to query heads.
-        rounding: how weights are put onto the grid that was found.
 
     Raises `CheckpointError` for a missing tensor, a shape that cannot be packed or a value that is
     no number.
     """
     begun = time.perf_counter()
     _check(weights, settings.group_size)
-    search = _Search(weights, geometry, settings, rounding)
+    search = _Search(weights, geometry, settings)
     if forward is not None and capture is not None and inputs is not None and len(inputs):
         search.see(forward, capture, inputs)
     search.round()
-    if settings.method == "awq":
+    if settings.method != "rtn":
         for group in GROUPS:
             search.improve(group)
+    if settings.method == "awq+gptq":
+        for group in GROUPS:
+            search.compensate(group)
     return search.result(begun)
 
 
@@ -110,9 +112,9 @@ class _Search:
     weights: Weights
     geometry: Geometry
     settings: SearchSettings
-    rounding: Rounding
     seen: dict[str, Seen] = field(default_factory=dict)
     judge: Judge | None = None
+    source: tuple[Capture, LayerInputs] | None = None
     steps: list[Step] = field(default_factory=list)
     energies: dict[str, float] = field(default_factory=dict)
     """Of each linear's true output, on the tokens its errors are judged by."""
@@ -120,9 +122,10 @@ class _Search:
     def see(self, forward: Forward, capture: Capture, inputs: LayerInputs) -> None:
         self.seen = look(self.weights, capture, inputs, self.settings)
         self.judge = Judge(self.weights, forward, inputs, self.settings)
+        self.source = capture, inputs
 
     def round(self) -> None:
-        """Start from plain rounding to nearest, whatever the rounding asked for."""
+        """Start from plain rounding to nearest."""
         fold = Fold(self.weights, self.geometry, self.settings.dtype)
         coded: dict[str, Coded] = {}
         self.rtn_errors: dict[str, float] = {}
@@ -149,8 +152,28 @@ class _Search:
         for tried, s, ranges in attempts:
             if (self.settings.clip or not ranges) and self._attempt(group, tried, s, ranges):
                 return
-        if self.rounding is not nearest:
-            self._attempt(group, "rounding", None, False)
+
+    def compensate(self, group: str) -> None:
+        """Round the group anew on the scales and ranges that were found; without inputs, nothing.
+
+        First for what the packed layer gives it, then, if that does not help, for itself alone.
+        """
+        if self.source is None:
+            return
+        fold, size = self.best.fold, self.settings.group_size
+        layers = (self.weights, self.dense, fold.columns(group))
+        found = products(group, *layers, *self.source, size)
+        attempts = [("compensation", found)]
+        if found.lost is not None:
+            attempts.append(("compensation alone", replace(found, lost=None)))
+        for tried, known in attempts:
+            rounding = Compensation(known)
+            changed = {
+                linear: rounding.code(fold.weight(linear), self.best.coded[linear].grid)
+                for linear in GROUPS[group]
+            }
+            if self._offer(group, tried, fold, changed):
+                return
 
     def _attempt(self, group: str, tried: str, scale: Tensor | None, ranges: bool) -> bool:
         fold = self.best.fold.with_scale(group, scale)
@@ -158,6 +181,10 @@ class _Search:
         for linear, reader in PRODUCERS.items():
             if reader == group and scale is not None:
                 changed[linear] = self._follow(linear, fold)
+        return self._offer(group, tried, fold, changed)
+
+    def _offer(self, group: str, tried: str, fold: Fold, changed: Mapping[str, Coded]) -> bool:
+        """Take the change if the held-out error is smaller with it; whether it was taken."""
         coded = {**self.best.coded, **changed}
         if self.judge is None:
             self.best = _State(fold, coded)
@@ -180,7 +207,7 @@ class _Search:
             grid = best_ranges(weight, self.settings.group_size, grams)
         else:
             grid = full_range(weight, self.settings.group_size)
-        return Coded(self.rounding(weight, grid, seen, columns), grid)
+        return Coded(nearest(weight, grid), grid)
 
     def _follow(self, linear: str, fold: Fold) -> Coded:
         """The linear whose outputs a new scale divides: the same grid, with its steps divided."""
@@ -189,10 +216,8 @@ class _Search:
         assert rows is not None
         factor = rows.reciprocal() if before is None else before / rows
         steps = (old.steps * factor.unsqueeze(1)).clamp_(LEAST_STEP, MOST_STEP).half().float()
-        group = GROUP_OF[linear]
         grid = Grid(steps, old.zeros)
-        inputs = (self.seen.get(group), fold.columns(group))
-        return Coded(self.rounding(fold.weight(linear), grid, *inputs), grid)
+        return Coded(nearest(fold.weight(linear), grid), grid)
 
     def _dense(self, fold: Fold, coded: Mapping[str, Coded]) -> dict[str, Tensor]:
         """What the judge runs: the values that will be stored."""

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .packing import pack
-
-if TYPE_CHECKING:
-    from .search_inputs import Seen
 
 LEVELS = 15
 """The largest of the 16 values of four bits."""
@@ -89,22 +85,7 @@ class Coded:
         }
 
 
-class Rounding(Protocol):
-    """Puts weights [N, K] onto their grid: integers uint8 [N, K].
-
-    `seen` and `columns` tell what the linear's inputs are like, for a rounding that lets one weight
-    make up for another: `seen.rows_of(columns)`, `seen.grams_of(columns)`. `seen` is None where
-    there are no inputs.
-    """
-
-    def __call__(
-        self, weight: Tensor, grid: Grid, seen: Seen | None, columns: Tensor | None, /
-    ) -> Tensor: ...
-
-
-def nearest(
-    weight: Tensor, grid: Grid, seen: Seen | None = None, columns: Tensor | None = None
-) -> Tensor:
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
     """Each weight to the nearest value of its grid, whatever the others do."""
     q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     grouped, out = weight.view(*grid.steps.shape, -1), q.view(*grid.steps.shape, -1)

@@ -46,10 +46,6 @@ class Seen:
         inverse = scale.reciprocal().view(self.grams.shape[0], -1)
         return self.grams * inverse.unsqueeze(1) * inverse.unsqueeze(2)
 
-    def rows_of(self, scale: Tensor | None) -> Tensor:
-        """Some tokens of x / scale [K]."""
-        return self.rows if scale is None else self.rows / scale
-
 
 class _Sums:
     """Collects what `Seen` holds."""

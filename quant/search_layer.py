@@ -13,7 +13,7 @@ from lowvram.errors import UsageError
 
 from .packing import GROUPS
 
-Method = Literal["awq", "rtn"]
+Method = Literal["awq", "awq+gptq", "rtn"]
 
 Weights = Mapping[str, Tensor]
 """A layer's tensors by their names inside the layer ("self_attn.q_proj.weight")."""
@@ -71,7 +71,8 @@ class SearchSettings:
     Args:
         bits: 4.
         group_size: inputs that share a step: 32, 64 or 128.
-        method: "awq" searches; "rtn" rounds to the nearest on the full range.
+        method: "awq" searches scales and ranges; "awq+gptq" then rounds so that errors make up for
+            each other; "rtn" rounds to the nearest on the full range.
         grid: scale candidates tried per group of linears, besides the identity.
         clip: search the ends of each group's range.
         search_tokens: calibration tokens kept for the scale search; means and products of inputs
@@ -99,7 +100,7 @@ class SearchSettings:
             raise UsageError(f"group size {self.group_size} is not supported; wanted {wanted}")
         if self.method not in get_args(Method):
             raise UsageError(
-                f"unknown method {self.method!r}; wanted {' or '.join(get_args(Method))}"
+                f"unknown method {self.method!r}; wanted {', '.join(get_args(Method))}"
             )
 
 

@@ -116,5 +116,43 @@ class Items(list[Tensor]):
         self.held_out = frozenset(range(len(items) - held, len(items)))
 
 
+def awkward(kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A layer and inputs of which something is the matter."""
+    layer = Layer()
+    weights, items = layer.weights(), layer.inputs(4, 48)
+    gate = weights["mlp.gate_proj.weight"]
+    if kind == "dead channel":
+        weights[NORMS[0]][5] = weights[NORMS[1]][5] = 0
+        weights["mlp.up_proj.weight"][9] = 0
+        weights["self_attn.v_proj.weight"][:64] = 0
+        weights["self_attn.v_proj.bias"][:64] = 0
+    elif kind == "outlier in a weight":
+        gate[3, 7] = weights["self_attn.o_proj.weight"][0, 0] = 1e4
+    elif kind == "a step beyond float16":
+        gate[3, 7] = 3e6
+    elif kind == "outlier in an input":
+        for x in items:
+            x[0, 11] = 1e4
+    elif kind == "constants":
+        gate[0], gate[1], gate[2], gate[3] = 0.25, -3.0, 0.0, 1e-7
+        weights["mlp.down_proj.weight"][:, :128] = 2.0
+    elif kind == "an input that overflowed":
+        items[0][3, 4] = float("inf")
+    else:
+        items = [torch.zeros_like(x) for x in items]
+    return weights, items
+
+
+AWKWARD = (
+    "dead channel",
+    "outlier in a weight",
+    "a step beyond float16",
+    "outlier in an input",
+    "constants",
+    "an input that overflowed",
+    "no signal",
+)
+
+
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
