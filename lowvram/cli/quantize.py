@@ -52,7 +52,9 @@ def build_parser() -> Parser:
         "--method",
         choices=METHODS,
         default=usual.method,
-        help="search scales and ranges, or round to the nearest (default: %(default)s)",
+        help="awq: search scales and ranges; awq+gptq: then round so that errors make up for each "
+        "other, nearer to SRC in about three times as long; rtn: round to the nearest "
+        "(default: %(default)s)",
     )
     how.add_argument(
         "--calibration",

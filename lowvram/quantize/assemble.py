@@ -40,8 +40,10 @@ class Assembly:
             if not path.exists() and not list(self._place.out.glob(_name(number + 1, "*"))):
                 write_shard(path, shard)
 
-    def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything else; the whole is opened and checked. Returns its report."""
+    def finish(self, record: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
+        """Everything else; the whole is opened and checked. Returns its report, and the seconds
+        that each layer took, which are no part of it.
+        """
         others, finished = self._others(), self._place.finished()
         if not finished or len(finished) != self._job.source.layers:
             raise CheckpointError(
@@ -68,7 +70,7 @@ class Assembly:
         write_text(self._place.out / REPORT, json.dumps(report, indent=2) + "\n")
         draw_errors(self._place.out / PICTURE, finished)
         self._check(len(finished))
-        return report
+        return report, [layer["seconds"] for layer in finished]
 
     def _others(self) -> list[list[Entry]]:
         store = self._job.source.checkpoint.store

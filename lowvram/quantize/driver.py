@@ -56,8 +56,9 @@ def quantize_checkpoint(
             raise UsageError("nothing can be quantized on meta; wanted cpu, cuda or npu")
         record = job.record(device.type)
         done = finished_report(job.destination, record) if resume else None
+        seconds: list[float] = []
         if done is None:
-            done = _work(job, record, resume, overwrite, shard_bytes, on_progress, note)
+            done, seconds = _work(job, record, resume, overwrite, shard_bytes, on_progress, note)
         else:
             clear(job.destination)
             note(f"{job.destination} is finished already")
@@ -72,6 +73,7 @@ def quantize_checkpoint(
         calibration=done["calibration"],
         result_bytes=sum(path.stat().st_size for path in job.destination.iterdir()),
         seconds=time.perf_counter() - begun,
+        layer_seconds=seconds,
         verification=checked,
     )
 
@@ -84,8 +86,8 @@ def _work(
     shard_bytes: int,
     on_progress: Callable[[Progress], None],
     note: Note,
-) -> dict[str, Any]:
-    """Make the result; returns the report that lies in it."""
+) -> tuple[dict[str, Any], list[float]]:
+    """Make the result; returns the report that lies in it, and the seconds of each layer."""
     with Workplace.open(job.destination, record, resume=resume, overwrite=overwrite) as place:
         try:
             check_disk(job.plan, job.destination.parent, place.held_bytes)
@@ -94,7 +96,7 @@ def _work(
             assembly.copy_others()
             LayerWork(job, place, open_device(job.settings.device), on_progress, note).run()
             on_progress(Progress("finish", job.source.layers, job.source.layers))
-            report = assembly.finish(record)
+            made = assembly.finish(record)
             place.publish()
         except OSError as error:
             raise LowVRAMError(
@@ -109,7 +111,7 @@ def _work(
                 f"out of memory within a plan of {format_size(job.plan.memory)}; what is finished "
                 "is kept: free some memory, then go on with --resume"
             ) from error
-    return report
+    return made
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -21,7 +21,8 @@ class QuantizeReport:
 
     `job` is what the bytes of the result depend on. `layers` has a record for each decoder layer:
     `error_before` (rounding to nearest) and `error_after` on held-out tokens, None without
-    calibration, and the same for each linear. `verification` compares both checkpoints.
+    calibration, and the same for each linear. `layer_seconds`: how long the search of each layer
+    took; empty where the result was there already. `verification` compares both checkpoints.
     """
 
     destination: Path
@@ -30,7 +31,7 @@ class QuantizeReport:
     calibration: Mapping[str, Any]
     result_bytes: int
     seconds: float
-    skipped: int = 0
+    layer_seconds: Sequence[float] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -38,6 +39,7 @@ class QuantizeReport:
             "destination": str(self.destination),
             "result_bytes": self.result_bytes,
             "seconds": self.seconds,
+            "layer_seconds": list(self.layer_seconds),
             **stored_report(self.job, self.layers, self.calibration),
             **({"verification": dict(self.verification)} if self.verification else {}),
         }
@@ -51,6 +53,7 @@ class QuantizeReport:
             lines.append(
                 f"{layer['layer']:5d} {before:>11} {after:>10}   {worst['linear']} {share}"
             )
+        lines.append(self._summary())
         if self.verification:
             v = self.verification
             lines.append(
@@ -59,6 +62,15 @@ class QuantizeReport:
                 + ", ".join(f"{row['layer']} ({row['error']:.3g})" for row in v["worst"])
             )
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        """The method, mean errors before and after it, and what a layer took."""
+        pairs = [_pair(layer) for layer in self.layers]
+        before, after = (sum(each) / len(pairs) for each in zip(*pairs, strict=True))
+        said = f"{self.job['method']}: mean error {_error(before)} -> {_error(after)}"
+        if not self.layer_seconds:
+            return said
+        return f"{said}, {sum(self.layer_seconds) / len(self.layer_seconds):.3g} s a layer"
 
     def details(self) -> str:
         """Every linear of every layer."""

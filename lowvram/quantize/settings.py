@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args
 from lowvram.errors import UsageError
 from lowvram.quant import GROUPS
 
-Method = Literal["awq", "rtn"]
+Method = Literal["awq", "awq+gptq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+COMPENSATED: Method = "awq+gptq"
 
 BUILTIN, NONE = "builtin", "none"
 """Calibration that needs no files: the set made here, and no inputs at all."""
@@ -19,9 +21,10 @@ BUILTIN, NONE = "builtin", "none"
 class QuantizeSettings:
     """How a checkpoint is quantized; what changes the result, and `max_memory` and `device`.
 
-    `method`: `awq` searches scales and ranges, `rtn` rounds to the nearest. `calibration`: a folder
-    of media and texts, a `.jsonl` file of conversations, `builtin`, or `none`. `samples`: at most
-    so many conversations, each cut to its first `seq_len` tokens. `max_memory`: bytes of memory the
+    `method`: `awq` searches scales and ranges, `awq+gptq` then rounds so that errors make up for
+    each other (which takes calibration), `rtn` rounds to the nearest. `calibration`: a folder of
+    media and texts, a `.jsonl` file of conversations, `builtin`, or `none`. `samples`: at most so
+    many conversations, each cut to its first `seq_len` tokens. `max_memory`: bytes of memory the
     work may take; activations beyond it wait on disk. None is what is free.
     """
 
@@ -44,6 +47,11 @@ class QuantizeSettings:
             )
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}; wanted {', '.join(METHODS)}")
+        if self.method == COMPENSATED and self.calibration == NONE:
+            raise UsageError(
+                f"--method {COMPENSATED} weighs errors by inputs; wanted --calibration other than "
+                f"{NONE}, or --method awq"
+            )
         for name, value, least in (("samples", self.samples, 1), ("seq-len", self.seq_len, 8)):
             if value < least:
                 raise UsageError(f"--{name} {value} is too small; wanted at least {least}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,18 +66,23 @@ def test_a_table_of_layers_for_people(
     assert main([str(model), str(tmp_path / "result"), *QUICK]) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[0].split() == ["layer", "rounded", "result", "worst", "linear"]
-    assert len(told.out.splitlines()) == 5
+    assert len(told.out.splitlines()) == 6
+    summary = told.out.splitlines()[-1]
+    assert re.fullmatch(r"rtn: mean error 0\.\d+ -> 0\.\d+, [\d.e-]+ s a layer", summary)
     assert "\r" not in told.err, "a bar is for terminals"
     assert main([str(model), str(tmp_path / "result"), *QUICK, "--resume", "-v"]) == 0
     more = capsys.readouterr().out
-    assert more.count("mlp.down_proj") >= 4 and more.endswith(told.out)
+    assert more.count("mlp.down_proj") >= 4 and more.endswith(
+        told.out[: told.out.rindex(",")] + "\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "match"),
     [
         (["--bits", "3"], 2, "--bits 3 is not made; wanted 4"),
-        (["--method", "magic"], 2, "magic"),
+        (["--method", "magic"], 2, "'awq', 'awq+gptq', 'rtn'"),
+        (["--method", "awq+gptq", "--calibration", "none"], 2, "wanted --calibration other than"),
         (["--device", "abacus"], 2, "abacus"),
         (["--max-memory", "much"], 2, "much"),
         (["--max-memory", "1MiB"], 3, "wanted at least"),

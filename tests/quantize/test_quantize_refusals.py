@@ -183,7 +183,8 @@ def test_memory_that_runs_out_is_said_and_other_faults_are_not_hidden(
     [
         ({"bits": 8}, "--bits 8"),
         ({"group_size": 16}, "--group-size 16"),
-        ({"method": "magic"}, "unknown method 'magic'; wanted awq, rtn"),
+        ({"method": "magic"}, "unknown method 'magic'; wanted awq, awq\\+gptq, rtn"),
+        ({"method": "awq+gptq"}, "weighs errors by inputs; wanted --calibration other than none"),
         ({"samples": 0}, "--samples 0"),
         ({"seq_len": 1}, "--seq-len 1"),
         ({"calibration": "nowhere"}, "nowhere is neither a folder nor a file"),
