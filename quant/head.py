@@ -43,7 +43,7 @@ class RoundedHead(nn.Module):
     def fill_from(self, rows: Callable[[int, int], Tensor], device: torch.device) -> None:
         """Hold on `device` what `rows(start, stop)` gives, [stop - start, H] of the stored weight
         in the type of the activations."""
-        dtype = rows(0, 1).dtype
+        dtype = rows(0, 0).dtype
         problem = Problem("cpu", dtype, self.in_features, self.out_features, HEAD_GROUP)
         self.compiled = device.type == "cpu" and native.refusal(problem) is None
         if device.type == "cpu" and (self.compiled or cpu.refusal(problem) is None):
