@@ -20,6 +20,8 @@ from lowvram.engine.scratch import metered_scratch
 from lowvram.engine.voice import Voice
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.events import SAMPLE_RATE, AudioChunk, Finished, Result, TextDelta
+from lowvram.models.constants import Constants
+from lowvram.models.token2wav import TIME_POINTS
 from lowvram.offload import (
     Budget,
     Loader,
@@ -103,6 +105,7 @@ class LowVRAMOmni:
             ),
         )
         self._voices: dict[str, Voice] = {}
+        self._constants = Constants()
         self._running = False
 
     @classmethod
@@ -197,6 +200,9 @@ class LowVRAMOmni:
         messages = with_system(conversation, options.get("system"))
         prompt = prepare(messages, **self._prompting(settings, media))
         plan = self._plan(prompt.shape, settings)
+        if not plan.fits and self._device.type == "cpu" and self._constants.nbytes:
+            self._forget_constants()
+            plan = self._plan(prompt.shape, settings)
         if not plan.fits:
             raise DoesNotFitError(plan.refusal, plan)
         run = Run(
@@ -208,6 +214,7 @@ class LowVRAMOmni:
                 plan=plan,
                 dtype=getattr(torch, plan.dtype),
                 scratch=self._scratch,
+                constants=self._constants,
             ),
             checkpoint=self.checkpoint,
             tokenizer=self._tokenizer,
@@ -258,7 +265,13 @@ class LowVRAMOmni:
     def close(self) -> None:
         """Take everything off the device and close the checkpoint's files."""
         self._loader.close()
+        self._forget_constants()
         self.checkpoint.store.close()
+
+    def _forget_constants(self) -> None:
+        """On the CPU they count, in every phase."""
+        self._constants.clear()
+        self._meter.release("carry", "constants")
 
     def __enter__(self) -> Self:
         return self
@@ -307,6 +320,8 @@ class LowVRAMOmni:
             allow=self._allow,
             on_device=frozenset(self._loader.resident()),
             kernel=self._kernel,
+            kept_bytes=self._constants.nbytes,
+            modulated=self._constants.has_modulation(settings.solver, TIME_POINTS),
         )
 
     def _budget_now(self) -> Budget:

@@ -24,11 +24,11 @@ class Options(TypedDict, total=False):
     checkpoint's own).
     `temperature` (0 is greedy), `top_p`, `top_k`, `repetition_penalty`: how text is drawn; the
     same with `talker_` before it: how codes are drawn.
-    `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: vocode
-    in one piece. `say`: this text is the reply, and is spoken; no other is drawn. `system`: a
-    system prompt for conversations without one. `fps`, `max_frames`,
-    `min_pixels`, `max_pixels`: how video and images are sampled. `use_audio_in_video`: hear the
-    sound track of videos (True).
+    `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: the
+    sound of an utterance that is vocoded at once, for files (False). `say`: this text is the
+    reply, and is spoken; no other is drawn. `system`: a system prompt for conversations without
+    one. `fps`, `max_frames`, `min_pixels`, `max_pixels`: how video and images are sampled.
+    `use_audio_in_video`: hear the sound track of videos (True).
     """
 
     speaker: str | None

@@ -84,7 +84,7 @@ def linear_factory(
 
     def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if head_bits is not None and name == HEAD:
-            return RoundedHead(in_features, out_features, head_bits)
+            return RoundedHead(in_features, out_features, head_bits, scratch)
         if name == HEAD and not checkpoint.quantized(name):
             return PiecewiseHead(in_features, out_features, dtype.itemsize, "lm_head.weight")
         if quant is None or not checkpoint.quantized(name):

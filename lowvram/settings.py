@@ -58,8 +58,9 @@ class GenerationSettings:
     `speaker` None takes the checkpoint's first voice. `max_new_tokens` bounds the text, and
     `max_speech_seconds` the speech; they size the KV caches. None takes the checkpoint's own bound,
     and where it names none that of transformers: 1024 tokens, 4096 codes (81.92 s).
-    `whole_speech` vocodes the utterance in one piece instead of in chunks. `reply` are the tokens
-    of the reply where it is given and not drawn; `max_new_tokens` then has one more.
+    `whole_speech` gives the sound that the utterance has when it is vocoded at once, in the same
+    bounded memory; pieces of it come about two seconds later (eight with `rk4`). `reply` are the
+    tokens of the reply where it is given and not drawn; `max_new_tokens` then has one more.
     """
 
     speech: bool = True

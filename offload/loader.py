@@ -151,11 +151,17 @@ class Loader:
         fill_from = cast(FillFrom, slot.owner.fill_from)
         others = [t for n, t in slot.owner.named_parameters() if n != slot.local]
         before = self._size_of([*others, *slot.owner.buffers()])
-        store = self._store if self._reads else None
-        fill_from(stored_rows(store, slot), self._device.torch)
+        rows = stored_rows(self._store if self._reads else None, slot)
+
+        def counted(start: int, stop: int) -> torch.Tensor:
+            """Some modules read their rows when they are used, as often as they are."""
+            read = rows(start, stop)
+            if self._reads:
+                self._bytes_resident += read.nbytes
+            return read
+
+        fill_from(counted, self._device.torch)
         self._hold(name, slot.owner, self._size_of(tensors_of(slot.owner)) - before)
-        if self._reads:
-            self._bytes_resident += slot.empty.nbytes
 
     @property
     def _rounds(self) -> bool:

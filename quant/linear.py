@@ -125,7 +125,7 @@ class QuantLinear(nn.Module):
         if self.kernel.gated is None or current_phase() != "decode":
             return None
         rows, held = x.reshape(-1, self.in_features), self._prepared()
-        out = self.kernel.gated(rows, held, self.bias, self.group_size)
+        out = self.kernel.gated(rows, held, self.bias, self.group_size, self.scratch)
         return out.view(*x.shape[:-1], out.shape[1])
 
     def _prepared(self) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 
 from . import chips
 from .native import not_offered
+from .triton import not_offered as triton_not_offered
 
-KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend"]
+KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend", "triton"]
 Asked = Literal["auto", "reference"]
 
 PIECE_WEIGHTS: dict[KernelName, int] = {
@@ -17,6 +18,7 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
     "native": 1 << 21,
     "tinygemm": 1 << 22,
     "ascend": 1 << 22,
+    "triton": 1 << 22,
 }
 """Weights de-quantized at a time. On the CPU a piece stays in the cache until it is multiplied. Of
 `ascend`: weights turned on the host at a time, and results of one of several products."""
@@ -26,6 +28,14 @@ TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 
 `native` needs two, and is planned like `cpu`, which takes its place where it cannot be built.
 """
+
+
+AS_STORED: frozenset[KernelName] = frozenset({"reference", "triton"})
+"""Kernels that compute from the tensors as they are in the file."""
+
+
+EIGHT_BIT_PIECE = 1 << 22
+"""8-bit weights that become 16-bit at a time."""
 
 
 class KernelChoice(NamedTuple):
@@ -48,6 +58,8 @@ def preferred_kernel(
         return KernelChoice("reference", "asked for")
     if device == "npu":
         return _on_npu(dtype)
+    if device == "cuda" and dtype in ("bfloat16", "float16"):
+        return _on_cuda(dtype)
     if dtype != "bfloat16":
         return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
     if device == "cpu":
@@ -56,8 +68,6 @@ def preferred_kernel(
         if refused is None:
             return KernelChoice("native", f"{choice}, compiled for this processor")
         return KernelChoice("cpu", f"{choice}; compiled kernels are not used: {refused}")
-    if device == "cuda":
-        return KernelChoice("tinygemm", "bfloat16 on CUDA: tinygemm to decode, cuBLAS to prefill")
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
 
 
@@ -73,16 +83,27 @@ def _on_npu(dtype: str) -> KernelChoice:
     return KernelChoice("ascend", reason)
 
 
+def _on_cuda(dtype: str) -> KernelChoice:
+    refused = triton_not_offered()
+    if refused is None:
+        reason = "own kernels to decode, cuBLAS to prefill, layers that stream too"
+        return KernelChoice("triton", f"{dtype} on CUDA: {reason}")
+    reason = f"own kernels are not used: {refused}"
+    if dtype == "bfloat16":
+        return KernelChoice("tinygemm", f"{reason}; tinygemm to decode, cuBLAS to prefill")
+    return KernelChoice("reference", f"{reason}; torch has no 4-bit product in {dtype}")
+
+
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:
     """Bytes held by the weights of a linear (its bias aside) once it is ready for `kernel`.
 
-    `reference` keeps what the file holds: 4-bit weights and zero points, 16-bit scales. The others
-    keep the weights in their own order and, for every group, two numbers of 16 bits: a scale, and
-    an offset or a zero point.
+    `reference` and `triton` keep what the file holds: 4-bit weights and zero points, 16-bit scales.
+    The others keep the weights in their own order and, for every group, two numbers of 16 bits: a
+    scale, and an offset or a zero point.
     """
     groups = inputs // group
     weights = inputs * outputs // 2
-    if kernel == "reference":
+    if kernel in AS_STORED:
         return weights + groups * outputs // 2 + groups * outputs * 2
     return weights + groups * outputs * 4
 
@@ -94,9 +115,11 @@ def scratch_bytes(
     de-quantize one piece, or the fewest columns there can be. `group` inputs share a scale.
 
     `ascend` takes little itself, and is planned like `reference`, which takes its place for shapes
-    that the operator refuses: that is CANN's for the operator's own workspace.
+    that the operator refuses: that is CANN's for the operator's own workspace. `triton` keeps its
+    16-bit weights and the sums that it adds later to as much, so that it runs what streams, and the
+    reference what it refuses, within what is planned.
     """
-    if kernel in ("reference", "ascend"):
+    if kernel in ("reference", "ascend", "triton"):
         columns = min(outputs, max(PIECE_WEIGHTS["reference"] // inputs // 8, 1) * 8)
         # Integers and fp32 of every weight, and of every zero point.
         return 8 * (inputs + inputs // group) * columns + 512
@@ -107,14 +130,23 @@ def scratch_bytes(
 def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
     """Bytes that bringing a linear (or several, joined) into the kernel's layout takes, at most,
     besides what is read from the file: the new layout, and one piece on its way there. `ascend`
-    turns words where they lie, but tries the operator on a matrix of the shape before."""
+    turns words where they lie, but tries the operator on a matrix of the shape before; `triton`
+    lays the words of joined linears side by side."""
     if kernel == "reference":
         return 0
+    if kernel == "triton":
+        return inputs * outputs // 2
     if kernel == "ascend":
         return linear_bytes(inputs, outputs, group, kernel) + 8 * (inputs + outputs) + 4096
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     zeros = 32 * (inputs // group) * outputs
     return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros
+
+
+def eight_bit_scratch_bytes(inputs: int, outputs: int) -> int:
+    """The same as `scratch_bytes` for 8-bit weights with a scale for every output: 16-bit weights
+    of a piece, or the sums of parts of the inputs."""
+    return 2 * max(min(EIGHT_BIT_PIECE, inputs * outputs), inputs * 64)
 
 
 HeadBits = Literal[4, 8]
@@ -143,13 +175,16 @@ def choose_head(
     names = [name for name in HEAD_OPTIONS if name in allow]
     if not names:
         return None
-    if kernel not in ("cpu", "native"):
-        return HeadChoice(None, f"{names[0]} is not used: it is faster on the CPU in bfloat16 only")
+    if kernel not in ("cpu", "native", "triton"):
+        where = "on the CPU in bfloat16, or on CUDA by own kernels"
+        return HeadChoice(None, f"{names[0]} is not used: it is faster {where} only")
     if inputs % HEAD_GROUP or outputs % 64:
         shape = f"{inputs} x {outputs}"
         return HeadChoice(None, f"{names[0]} is not used: a head of {shape} cannot be packed")
-    bits = HEAD_OPTIONS[names[0]]
-    return HeadChoice(bits, f"{names[0]}: fewer bytes to read for every token")
+    if kernel == "triton" and "head8" not in names:
+        return HeadChoice(None, "head4 is not used: on CUDA there is head8")
+    name = "head8" if kernel == "triton" else names[0]
+    return HeadChoice(HEAD_OPTIONS[name], f"{name}: fewer bytes to read for every token")
 
 
 def head_bytes(inputs: int, outputs: int, bits: HeadBits) -> int:

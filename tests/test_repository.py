@@ -22,7 +22,7 @@ LONGEST_FILE = 400
 IMPORT_NAMES = {"pillow": "PIL"}
 """Distributions whose import name is not their own."""
 
-WHERE_PRESENT = {"torch_npu", "llama_cpp", "sounddevice"}
+WHERE_PRESENT = {"torch_npu", "triton", "llama_cpp", "sounddevice"}
 """Libraries that are used only where they are installed, and never required."""
 
 
@@ -131,7 +131,7 @@ def test_the_import_reader_sees_every_spelling(
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
-        ("quant", {"torch", "numpy"}),
+        ("quant", {"torch", "numpy", "triton"}),
         ("offload", {"torch", "torch_npu", "safetensors", "psutil", "numpy"}),
     ],
 )

@@ -14,6 +14,7 @@ from torch import nn
 from lowvram.config import DecoderConfig
 from lowvram.engine.host_kv import HostKVCache
 from lowvram.engine.ladder import Ladder
+from lowvram.models.constants import Constants
 from lowvram.models.kv_cache import KVCache
 from lowvram.offload import Device, Loader, Meter, Placement, Store, UnitStream
 from lowvram.planner import Plan
@@ -31,6 +32,7 @@ class Context:
     """One request's view of the device. `dtype` is the compute type of everything but token2wav;
     `scratch` is what packed weights are de-quantized into, and is given back after every phase.
 
+    `constants` are what the vocoder of any request needs and one of them has made.
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
     same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name.
     """
@@ -42,6 +44,7 @@ class Context:
     plan: Plan
     dtype: torch.dtype
     scratch: Scratch = field(default_factory=Scratch)
+    constants: Constants = field(default_factory=Constants)
     placements: dict[str, Placement] = field(init=False)
     notes: list[str] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)

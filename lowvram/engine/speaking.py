@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowvram.checkpoint import Checkpoint
 from lowvram.engine.context import Context
+from lowvram.engine.ladder import Ladder
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.engine.talk import TalkLoop, codec_sampler
 from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
@@ -185,6 +186,12 @@ class Speaking:
         )
 
     def _open_stream(self) -> SpeechStream:
-        token2wav = self._everything.enter_context(self._context.use("token2wav", Token2Wav))
-        settings = VocodeSettings(solver=self._settings.solver, whole=self._settings.whole_speech)
-        return SpeechStream(token2wav, self._voice, NoiseSource(self._seeds.noise), settings)
+        context = self._context
+        token2wav = self._everything.enter_context(context.use("token2wav", Token2Wav))
+        settings = VocodeSettings(solver=self._settings.solver, exact=self._settings.whole_speech)
+        noise = NoiseSource(self._seeds.noise)
+        stream = SpeechStream(token2wav, self._voice, noise, settings, context.constants)
+        Ladder(context, "token2wav").climb(stream.prepare)
+        # They stay for the next request.
+        context.carry("constants", *context.constants.tensors)
+        return stream

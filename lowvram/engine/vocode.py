@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lowvram.engine.pieces import Pass, Schedule, VocodeSettings
 from lowvram.engine.voice import Voice
+from lowvram.models.constants import Constants
 from lowvram.models.past import Past
 from lowvram.models.token2wav import Token2Wav, Utterance
+from lowvram.models.wavefront import Wavefront
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class NoiseSource:
 
     def __init__(self, seed: int, mel_dim: int = 80, frames_per_code: int = 2) -> None:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._none = torch.empty(0, mel_dim)
         self._shape = (frames_per_code, mel_dim)
         self._drawn: list[Tensor] = []
         self._first = 0
@@ -50,16 +53,15 @@ class NoiseSource:
         del self._drawn[:passed]
         self._first += passed
         offset = self._first * per_code
-        return torch.cat(self._drawn)[start - offset : stop - offset]
+        return torch.cat((self._none, *self._drawn))[start - offset : stop - offset]
 
 
 class SpeechStream:
     """Turns one utterance's codes into pieces of sound.
 
     The pieces follow from the sequence of codes alone, not from how it was cut into calls of
-    `push`; together they have exactly 480 samples a code. What is kept besides the codes (a few
-    frames of mel and noise, what does not depend on the codes) does not grow with the speech,
-    unless `settings.whole`.
+    `push`; together they have exactly 480 samples a code. What is kept (a few blocks of codes, mel
+    and noise, what does not depend on the codes) does not grow with the speech.
     """
 
     def __init__(
@@ -68,18 +70,21 @@ class SpeechStream:
         voice: Voice,
         noise: NoiseSource,
         settings: VocodeSettings,
+        constants: Constants | None = None,
     ) -> None:
+        """`constants` are what other utterances of this checkpoint made, and this one may use."""
         self._token2wav = token2wav
+        self._constants = constants
         self._voice = voice
         self._noise = noise
         self._settings = settings
         self._frames_per_code = token2wav.repeats
-        self._schedule = Schedule(
-            settings, token2wav.repeats, token2wav.code2wav_dit_model.config.codes_per_block
-        )
+        self._schedule = Schedule(settings, token2wav.code2wav_dit_model.config)
         self._codes: list[int] = []
+        self._codes_start = 0
         self._utterance: Utterance | None = None
         self._past: Past | None = None
+        self._front: Wavefront | None = None
         self._mel: Tensor | None = None
         self._mel_start = 0
 
@@ -109,22 +114,32 @@ class SpeechStream:
                 self._schedule.done(step)
                 yield piece
 
-    def _make_mel(self, step: Pass) -> None:
+    def prepare(self) -> None:
+        """Make what does not depend on the codes, before the first piece wants it. Where this
+        fails, as for want of memory, it can be asked for again."""
         if self._utterance is None:
             self._utterance = self._token2wav.prepare(
-                self._voice, self._settings.solver, self._settings.time_points
+                self._voice, self._settings.solver, self._settings.time_points, self._constants
             )
-            self._past = None if self._settings.whole else self._token2wav.past(self._utterance)
+
+    def _make_mel(self, step: Pass) -> None:
+        self.prepare()
+        assert self._utterance is not None
         scale = self._frames_per_code
         noise = self._noise.window(step.start * scale, step.stop * scale)
-        new = self._token2wav.mel(
-            self._utterance,
-            self._codes[step.start : step.stop],
-            noise,
-            self._past,
-            step.keep_to - step.start if step.keep_to < step.stop else None,
-        )
+        codes = self._told(step.start, step.stop)
+        if self._settings.exact:
+            self._front = self._front or self._token2wav.wavefront(self._utterance)
+            new = self._front.advance(codes, noise, step.blocks)
+        else:
+            self._past = self._past or self._token2wav.past(self._utterance)
+            final = step.keep_to - step.start if step.keep_to < step.stop else None
+            new = self._token2wav.mel(self._utterance, codes, noise, self._past, final)
+        # A copy, so that no more than these frames is kept of what they are a part of.
         self._mel = new.clone() if self._mel is None else torch.cat((self._mel, new))
+
+    def _told(self, start: int, stop: int) -> tuple[int, ...]:
+        return tuple(self._codes[start - self._codes_start : stop - self._codes_start])
 
     def _make_wave(self, step: Pass) -> SpeechPiece:
         assert self._mel is not None
@@ -139,7 +154,11 @@ class SpeechStream:
         ]
         first = step.keep_from * per_frame // per_code
         last = step.keep_to * per_frame // per_code
-        return SpeechPiece(_on_host(kept), tuple(self._codes[first:last]))
+        ended = self._told(first, last)
+        # Codes whose sound is out were all read before: the vocoder comes after the DiT.
+        del self._codes[: last - self._codes_start]
+        self._codes_start = last
+        return SpeechPiece(_on_host(kept), ended)
 
 
 def _on_host(samples: Tensor) -> np.ndarray:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowvram.config import DiTConfig
+from lowvram.errors import CheckpointError
 from lowvram.models.attention import attention
 from lowvram.models.ecapa import SpeakerEncoder
 from lowvram.models.modulation import Modulation, TimeEmbedding
-from lowvram.models.past import Neighbour
+from lowvram.models.past import Held, Neighbour
 
 GUIDANCE = 0.5
 """Weight of classifier-free guidance: the default of `Qwen2_5OmniToken2WavModel.forward`."""
@@ -38,19 +39,27 @@ class Speaker:
     conditioned: Tensor
     unconditioned: Tensor
 
+    def to(self, device: torch.device) -> Speaker:
+        """The same there."""
+        return Speaker(self.conditioned.to(device), self.unconditioned.to(device))
+
 
 @dataclass(frozen=True)
 class Condition:
     """What stays the same over all evaluations of one piece of `n` codes.
 
     `codes` is [n, hidden], the conditioned input besides the mel; `rope` is a pair of tables of
-    cosines and sines whose last n * repeats rows [.., head_dim / 2] are for its frames, and those
-    before them for what a `Neighbour` keeps.
+    cosines and sines [.., head_dim / 2] with a row for each of its frames, and for those before
+    them that are kept. The last frame that is seen takes the last row.
     """
 
     codes: Tensor
     unconditioned: Tensor
     rope: tuple[Tensor, Tensor]
+
+    def of(self, codes: slice) -> Condition:
+        """The same for some of the codes."""
+        return Condition(self.codes[codes], self.unconditioned, self.rope)
 
 
 class Attention(nn.Module):
@@ -66,44 +75,55 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(config.hidden_size, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, config.hidden_size)])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Neighbour | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Neighbour | None, frames: int
+    ) -> Tensor:
+        """Of the first `frames` of `x`; the others are only seen."""
+        after = x.shape[1] - frames
         k = self.to_k(x).unflatten(-1, self.split)
         v = self.to_v(x).unflatten(-1, self.split)
         if past is not None and self.look_back:
             k, v = past.joined(k, v)
         k = _rotate_first_head(k, rope)
-        q = _rotate_first_head(self.to_q(x).unflatten(-1, self.split), rope)
+        q = _rotate_first_head(self.to_q(x[:, :frames]).unflatten(-1, self.split), rope, after)
         heads = block_attention(
-            q, k, v, block=self.block, look_back=self.look_back, look_ahead=self.look_ahead
+            q,
+            k,
+            v,
+            block=self.block,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            after=after,
         )
         return self.to_out[0](heads.flatten(-2))
 
 
-def _rotate_first_head(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate_first_head(x: Tensor, rope: tuple[Tensor, Tensor], after: int = 0) -> Tensor:
     """Rotates pairs of neighbouring values of head 0 of [B, T, heads, D], in place.
 
     The pairs come out as two halves, which queries and keys share and their product does not see.
-    The last frame takes the tables' last row.
+    The tables have `after` rows more than the last frame's.
     """
-    cos, sin = (table[-x.shape[1] :] for table in rope)
+    stop = len(rope[0]) - after
+    cos, sin = (table[stop - x.shape[1] : stop] for table in rope)
     even, odd = x[:, :, 0, 0::2], x[:, :, 0, 1::2]
     x[:, :, 0] = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return x
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, block: int, look_back: int, look_ahead: int
+    q: Tensor, k: Tensor, v: Tensor, *, block: int, look_back: int, look_ahead: int, after: int = 0
 ) -> Tensor:
     """Attention of [B, T, heads, D] within blocks of frames and their neighbours; no mask.
 
-    Blocks count from the first query and the last may be short; keys and values may begin earlier.
-    Blocks that see equally many keys run as one batch: the inner ones, and each kind of block at
-    the edges.
+    Blocks count from the first query and the last may be short; keys and values may begin earlier,
+    and end `after` frames later. Blocks that see equally many keys run as one batch: the inner
+    ones, and each kind of block at the edges.
     """
     pieces = []
-    past = k.shape[1] - q.shape[1]
+    past = k.shape[1] - q.shape[1] - after
     for first, count, queries, before, keys in _alike_blocks(
-        q.shape[1], block, look_back, look_ahead, past
+        q.shape[1], block, look_back, look_ahead, past, after
     ):
         start = first * block
         piece = attention(
@@ -118,14 +138,14 @@ def block_attention(
 
 
 def _alike_blocks(
-    frames: int, block: int, look_back: int, look_ahead: int, past: int
+    frames: int, block: int, look_back: int, look_ahead: int, past: int, after: int
 ) -> list[tuple[int, int, int, int, int]]:
     """Runs of blocks with the same shape: (first block, blocks, queries, frames before, keys)."""
     runs: list[tuple[int, int, int, int, int]] = []
     for i, start in enumerate(range(0, frames, block)):
         queries = min(block, frames - start)
         before = min(look_back * block, past + start)
-        keys = before + min((1 + look_ahead) * block, frames - start)
+        keys = before + min((1 + look_ahead) * block, frames + after - start)
         if runs and runs[-1][2:] == (queries, before, keys):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1, queries, before, keys)
         else:
@@ -162,7 +182,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: [B, T, hidden] -> the same, changed in place."""
+    """One transformer layer: [B, T, hidden] -> the same, changed in place, or its first `frames`,
+    which see the others."""
 
     def __init__(self, config: DiTConfig, index: int) -> None:
         super().__init__()
@@ -180,9 +201,12 @@ class Block(nn.Module):
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         past: Neighbour | None = None,
+        frames: int | None = None,
     ) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(0)
-        x = x.add_(self.attn(_modulated(x, scale, shift), rope, past).mul_(gate))
+        frames = x.shape[1] if frames is None else frames
+        attended = self.attn(_modulated(x, scale, shift), rope, past, frames)
+        x = x[:, :frames].add_(attended.mul_(gate))
         return x.add_(self.ff(_modulated(x, ff_scale, ff_shift)).mul_(ff_gate))
 
 
@@ -212,6 +236,23 @@ class InputEmbedding(nn.Module):
         return self.proj.weight.split(self.columns, dim=1)
 
 
+def _check(config: DiTConfig) -> None:
+    """Refuses what pieces and windows cannot be cut from."""
+    if config.block_size % config.repeats:
+        raise CheckpointError(
+            f"the DiT's block_size is {config.block_size} and repeats {config.repeats}; wanted "
+            "blocks of whole codes: download the checkpoint again"
+        )
+    known = set(range(config.num_hidden_layers))
+    for name in ("look_ahead_layers", "look_backward_layers"):
+        layers = getattr(config, name)
+        if len(set(layers)) < len(layers) or not known.issuperset(layers):
+            raise CheckpointError(
+                f"the DiT's {name} are {list(layers)}; wanted different ones of its "
+                f"{config.num_hidden_layers} layers: download the checkpoint again"
+            )
+
+
 class DiT(nn.Module):
     """The velocity field with guidance.
 
@@ -222,6 +263,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        _check(config)
         self.time_embed = TimeEmbedding(config.hidden_size)
         self.text_embed = CodeEmbedding(config)
         self.input_embed = InputEmbedding(config)
@@ -289,17 +331,28 @@ class DiT(nn.Module):
         modulation: Tensor,
         condition: Condition,
         past: Sequence[Neighbour] = (),
+        held: Sequence[Held] = (),
     ) -> Tensor:
         """The guided velocity at one time, [T, mel_dim] as `mel`; T is `repeats` frames a code.
 
-        `past` has one `Neighbour` for each layer that looks back, if the piece is not the whole.
+        `past` has one `Neighbour` for each layer that looks back, if the piece is not the whole,
+        and `held` one `Held` for each that looks ahead, if it is to wait for what follows. Then
+        the velocity is that of other frames: those that the last of them lets through.
         """
         x = self._input(mel, condition)
-        neighbours = iter(past)
+        neighbours, waiting = iter(past), iter(held)
         for block, rows in zip(self._blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True):
-            x = block(
-                x, rows, condition.rope, next(neighbours, None) if block.attn.look_back else None
-            )
+            before = next(neighbours, None) if block.attn.look_back else None
+            frames = None
+            if held and block.attn.look_ahead:
+                waits = next(waiting)
+                x, frames = waits.joined(x), waits.frames
+            if x.shape[1] and frames != 0:
+                x = block(x, rows, condition.rope, before, frames)
+            else:
+                x = x[:, :0]
+        if not x.shape[1]:
+            return mel[:0]
         scale, shift = modulation[-2:].unbind(0)
         conditioned, unconditioned = self.proj_out(_modulated(x, scale, shift)).unbind(0)
         return conditioned + (conditioned - unconditioned) * GUIDANCE
@@ -307,6 +360,6 @@ class DiT(nn.Module):
     def _input(self, mel: Tensor, condition: Condition) -> Tensor:
         """[2, T, hidden]: the conditioned branch and the unconditioned one."""
         projected = F.linear(mel, self.input_embed.weights()[0])
-        per_code = projected.unflatten(0, (-1, self.config.repeats))
+        per_code = projected.unflatten(0, (len(condition.codes), self.config.repeats))
         conditioned = (per_code + condition.codes[:, None]).flatten(0, 1)
         return torch.stack((conditioned, projected + condition.unconditioned))

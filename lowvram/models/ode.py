@@ -19,6 +19,8 @@ SWAY = -1.0
 Field = Callable[[int, Tensor], Tensor]
 """Velocity of a state at the time of this index in `field_times`."""
 
+EVERYTHING = slice(None)
+
 
 def time_grid(points: int) -> Tensor:
     """Times from 0 (noise) to 1 (mel), fp32 [points] on the host.
@@ -27,11 +29,6 @@ def time_grid(points: int) -> Tensor:
     """
     times = torch.linspace(0, 1, points, dtype=torch.float32, device="cpu")
     return times + SWAY * (torch.cos(torch.pi / 2 * times) - 1 + times)
-
-
-def evaluations(points: int, solver: Solver) -> int:
-    """How often `integrate` asks for the field on a grid of so many points."""
-    return (points - 1) * EVALUATIONS_PER_STEP[solver]
 
 
 def field_times(grid: Tensor, solver: Solver) -> Tensor:
@@ -50,24 +47,68 @@ def field_times(grid: Tensor, solver: Solver) -> Tensor:
     return torch.cat((torch.stack((starts, *inner), dim=1).flatten(), ends[-1:]))
 
 
-def integrate(field: Field, start: Tensor, grid: Tensor, solver: Solver) -> Tensor:
-    """The state at the end of `grid`, of the shape of `start`.
+class Flow:
+    """States on their way from noise to mel, frame by frame along the first axis.
 
-    `euler` is the solver of the official low-VRAM mode (QwenLM/Qwen2.5-Omni, low-VRAM-mode),
-    `rk4` the 3/8 rule that transformers uses.
+    Every frame is at an evaluation of its own: `point` says where the field is to be asked next,
+    `take` what it answered there. `euler` is the solver of the official low-VRAM mode
+    (QwenLM/Qwen2.5-Omni, low-VRAM-mode), `rk4` the 3/8 rule that transformers uses.
     """
-    state = start
-    for i, length in enumerate((grid[1:] - grid[:-1]).tolist()):
-        if solver == "euler":
-            state = state + field(i, state) * length
+
+    def __init__(self, start: Tensor, grid: Tensor, solver: Solver) -> None:
+        self._steps = (grid[1:] - grid[:-1]).tolist()
+        self._stages = EVALUATIONS_PER_STEP[solver]
+        self.evaluations = len(self._steps) * self._stages
+        # The state, and the slopes of a step that is under way.
+        self._buffers = [start.clone(), *(torch.empty_like(start) for _ in range(self._stages - 1))]
+
+    @property
+    def state(self) -> Tensor:
+        """Where every frame is, at the end of its last step."""
+        return self._buffers[0]
+
+    def time(self, evaluation: int) -> int:
+        """Index in `field_times` of the time of an evaluation."""
+        # Of the four stages of a step, the last is at the time of the next step's first.
+        return evaluation - evaluation // self._stages if self._stages > 1 else evaluation
+
+    def point(self, evaluation: int, frames: slice = EVERYTHING) -> Tensor:
+        """Where the field is asked for those frames, each of which has taken all before."""
+        step, stage = divmod(evaluation, self._stages)
+        length = self._steps[step]
+        state, *slopes = (buffer[frames] for buffer in self._buffers)
+        if stage == 0:
+            return state
+        if stage == 1:
+            return state + length * slopes[0] * (1 / 3)
+        if stage == 2:
+            return state + length * (slopes[1] - slopes[0] * (1 / 3))
+        return state + length * (slopes[0] - slopes[1] + slopes[2])
+
+    def take(self, evaluation: int, velocity: Tensor, frames: slice = EVERYTHING) -> None:
+        """The field's velocity at that point of those frames; their states change in place."""
+        step, stage = divmod(evaluation, self._stages)
+        length = self._steps[step]
+        state, *slopes = (buffer[frames] for buffer in self._buffers)
+        if stage < len(slopes):
+            slopes[stage].copy_(velocity)
+        elif slopes:
+            k1, k2, k3 = slopes
+            state.add_((k1 + 3 * (k2 + k3) + velocity) * length / 8)
         else:
-            state = state + _rk4_step(field, 3 * i, state, length)
-    return state
+            state.add_(velocity * length)
+
+    def slide(self, passed: int, start: Tensor) -> None:
+        """The first `passed` frames go, and `start` [n, ..] comes after the others."""
+        state, *slopes = self._buffers
+        room = torch.empty_like(start)
+        self._buffers = [torch.cat((state[passed:], start))]
+        self._buffers += [torch.cat((slope[passed:], room)) for slope in slopes]
 
 
-def _rk4_step(field: Field, first: int, state: Tensor, length: float) -> Tensor:
-    k1 = field(first, state)
-    k2 = field(first + 1, state + length * k1 * (1 / 3))
-    k3 = field(first + 2, state + length * (k2 - k1 * (1 / 3)))
-    k4 = field(first + 3, state + length * (k1 - k2 + k3))
-    return (k1 + 3 * (k2 + k3) + k4) * length / 8
+def integrate(field: Field, start: Tensor, grid: Tensor, solver: Solver) -> Tensor:
+    """The state at the end of `grid`, of the shape of `start`."""
+    flow = Flow(start, grid, solver)
+    for evaluation in range(flow.evaluations):
+        flow.take(evaluation, field(flow.time(evaluation), flow.point(evaluation)))
+    return flow.state

@@ -1,8 +1,8 @@
-"""What a piece of speech hears of the one before it: keys and values of the DiT's last block.
+"""What a piece of speech needs of the one before it: something of the DiT's last block.
 
-Attention stays within blocks, but for layers that also see the block before. With those layers'
-keys and values of that one block, of the same evaluation and guidance branch, a piece continues the
-speech as if all of it were there.
+Attention stays within blocks, but for layers that also see a neighbour. With the keys and values of
+the block before, of the same evaluation and guidance branch, a piece continues the speech as if all
+of it were there; a block that is to see the one after it waits at that layer.
 """
 
 from __future__ import annotations
@@ -43,6 +43,27 @@ class Neighbour:
         return joined
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The block that waits before a layer that looks ahead, in one evaluation.
+
+    `kept` is [branches, block, hidden], the layer's input, of which the first `before` frames wait.
+    With what comes now, `frames` are let through, and the others wait in their place.
+    """
+
+    kept: Tensor
+    before: int
+    frames: int
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The layer's input [branches, T, hidden] with what waited before it."""
+        if self.before:
+            x = torch.cat((self.kept[:, : self.before], x), dim=1)
+        waits = x[:, self.frames :]
+        self.kept[:, : waits.shape[1]] = waits
+        return x
+
+
 class Past:
     """The last final block of an utterance, for every evaluation of the solver.
 
@@ -73,6 +94,12 @@ class Past:
                 return []
             self._kept = self._like.new_empty(self._shape)
         return [Neighbour(kept, self._there, final) for kept in self._kept[evaluation]]
+
+    def neighbour(self, evaluation: int, layer: int, there: bool, final: int | None) -> Neighbour:
+        """Of one of the layers that look back, counted among these."""
+        if self._kept is None:
+            self._kept = self._like.new_empty(self._shape)
+        return Neighbour(self._kept[evaluation, layer], there, final)
 
     def advance(self) -> None:
         """The next piece begins where the final frames of this one ended."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lowvram.config import OmniConfig
 from lowvram.errors import CheckpointError
 from lowvram.models.bigvgan import BigVGAN
+from lowvram.models.constants import Constants
 from lowvram.models.dit import DiT, Speaker
-from lowvram.models.ode import evaluations, field_times, integrate, time_grid
+from lowvram.models.ode import field_times, integrate, time_grid
 from lowvram.models.past import Past
-from lowvram.settings import Solver
+from lowvram.models.wavefront import Wavefront
+from lowvram.settings import EVALUATIONS_PER_STEP, Solver
 
 if TYPE_CHECKING:
     from lowvram.engine.voice import Voice
@@ -54,19 +56,42 @@ class Token2Wav(nn.Module):
 
     @torch.no_grad()
     def prepare(
-        self, voice: Voice, solver: Solver = "euler", points: int = TIME_POINTS
+        self,
+        voice: Voice,
+        solver: Solver = "euler",
+        points: int = TIME_POINTS,
+        constants: Constants | None = None,
     ) -> Utterance:
-        """Computes what does not depend on the codes; good for any number of pieces."""
+        """Computes what does not depend on the codes; good for any number of pieces.
+
+        What `constants` has is not made again; what it has not is put there once it is complete, so
+        that this can be repeated after it failed.
+        """
         dit = self.code2wav_dit_model
+        kept = Constants() if constants is None else constants
         grid = time_grid(points)
-        modulation = dit.modulate(field_times(grid, solver))
-        return Utterance(solver, grid, dit.speaker(voice.cond, voice.ref_mel), modulation)
+        modulation = kept.modulation(
+            solver, points, lambda: dit.modulate(field_times(grid, solver))
+        )
+        speaker = kept.speaker(voice.name, lambda: dit.speaker(voice.cond, voice.ref_mel))
+        device = dit.proj_out.weight.device
+        return Utterance(solver, grid, speaker.to(device), modulation.to(device))
 
     def past(self, utterance: Utterance) -> Past:
         """What the pieces of one utterance hand on to each other; empty, for its first."""
         dit = self.code2wav_dit_model
-        calls = evaluations(len(utterance.grid), utterance.solver)
+        calls = (len(utterance.grid) - 1) * EVALUATIONS_PER_STEP[utterance.solver]
         return Past(dit.config, calls, dit.proj_out.weight)
+
+    def wavefront(self, utterance: Utterance) -> Wavefront:
+        """Makes an utterance's mel exactly, in pieces; its beginning."""
+        return Wavefront(
+            self.code2wav_dit_model,
+            utterance.speaker,
+            utterance.modulation,
+            utterance.grid,
+            utterance.solver,
+        )
 
     @torch.no_grad()
     def mel(

@@ -70,7 +70,7 @@ class Choices:
     ) -> None:
         self.request, self.facts = request, facts
         self.rates = ASSUMED_RATES[facts.type]
-        self.base = facts.context_bytes + facts.library_bytes
+        self.base = facts.context_bytes + facts.library_bytes + request.kept_bytes
         self.weights = {module: request.sizes[module].total for module in MODULES}
         self.towers = request.towers()
         self.vocode = request.vocode() if request.speaks else None
@@ -180,11 +180,10 @@ class Choices:
 
     @property
     def _can_interleave(self) -> bool:
-        """Shorter speech, or speech made in one piece, is vocoded when the Talker is done."""
-        settings = self.request.settings
+        """Shorter speech is vocoded when the Talker is done."""
         if self.vocode is None:
             return False
-        return not settings.whole_speech and settings.codes >= self.request.first_codes
+        return self.request.settings.codes >= self.request.first_codes
 
     def _towers_fit(self, room: int, resident: frozenset[Part]) -> bool:
         return all(

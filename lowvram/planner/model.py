@@ -61,7 +61,7 @@ class PartSizes:
 
     `loading` is what bringing it to the device takes besides it, `scratch` what computing with
     packed weights takes besides them, `scratch_streamed` the same where some are streamed.
-    `passing` is read when the part is first used, and never held.
+    `passing` is read when the part is used, if an earlier request has not, and never held.
     """
 
     rest: int

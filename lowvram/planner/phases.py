@@ -13,7 +13,12 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import native_bytes, vocode_bytes, vocode_kept_bytes
+from lowvram.planner.sound import (
+    modulation_bytes,
+    native_bytes,
+    vocode_bytes,
+    vocode_kept_bytes,
+)
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -69,7 +74,8 @@ class Request:
     on the CPU the prompt's embeddings and states count against the budget; else they wait on the
     host and cost the device nothing. `unpacks`: packed linears are de-quantized for every product,
     not only those that stream. `converted` parts are stored in another type, and read through
-    memory that counts. `settings` name their bounds.
+    memory that counts. `settings` name their bounds. `kept_bytes` count in every phase; where it is
+    `modulated`, the vocoder's modulations are among them on the CPU.
     """
 
     model: ModelFacts
@@ -82,6 +88,8 @@ class Request:
     unpacks: bool
     host_is_device: bool
     converted: frozenset[Part] = frozenset()
+    kept_bytes: int = 0
+    modulated: bool = False
 
     @property
     def speaks(self) -> bool:
@@ -206,14 +214,14 @@ class Request:
     @property
     def pieces(self) -> VocodeSettings:
         """How codes become sound."""
-        return VocodeSettings(solver=self.settings.solver, whole=self.settings.whole_speech)
+        return VocodeSettings(solver=self.settings.solver, exact=self.settings.whole_speech)
 
     @property
     def first_codes(self) -> int:
         """Codes before the first piece of speech can be made."""
         dit = self.model.config.dit
         assert dit is not None
-        return self.pieces.first_codes(dit.codes_per_block)
+        return self.pieces.first_codes(dit)
 
     def vocode(self) -> PhaseLoad:
         """Sound from codes."""
@@ -227,12 +235,16 @@ class Request:
             self.model.voice_frames,
             self.kernels,
         )
+        kept = vocode_kept_bytes(config.dit, self.pieces, self.settings.codes)
+        carried = 0
+        if self.host_is_device and self.modulated:
+            carried = modulation_bytes(config.dit, self.pieces)
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
             workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
-            activations=work,
-            kept=vocode_kept_bytes(config.dit, self.pieces, self.settings.codes),
+            activations=work - carried,
+            kept=kept - carried,
             loading=self.reading("token2wav"),
         )
 

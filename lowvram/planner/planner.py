@@ -95,13 +95,17 @@ def make_plan(
     kernel: Kernel = "auto",
     host_free: int | None = None,
     limits: Limits = ANY,
+    kept_bytes: int = 0,
+    modulated: bool = False,
 ) -> Plan:
     """The plan for a request within `budget`; `fits` is False where none does.
 
     `kernel`: `reference` plans for packed linears that are computed by de-quantizing, everywhere.
     `on_device` are the modules that an earlier request left there; the plan keeps those that this
     one does not use, as far as they fit. `host_free` are the bytes of host memory that may be used
-    (what is free), `limits` what may be chosen for the Thinker.
+    (what is free), `limits` what may be chosen for the Thinker. `kept_bytes` are what an earlier
+    request left on the host; `modulated` says that with it the vocoder's passing weights need not
+    be read.
 
     Raises:
         UsageError: an unknown option; a prompt beyond the model's window.
@@ -115,6 +119,8 @@ def make_plan(
         dtype=dtype,
         allow=tuple(allow),
         kernel=kernel,
+        kept_bytes=kept_bytes,
+        modulated=modulated,
     )
     question.check()
     free = host_memory()[1] if host_free is None else host_free

@@ -31,7 +31,8 @@ class Question:
     """A request to a model on a device.
 
     `settings` name their bounds. `allow` are options that may change results, `later` those of them
-    that no engine knows yet and whose effect on memory is wanted all the same.
+    that no engine knows yet and whose effect on memory is wanted all the same. `kept_bytes` and
+    `modulated` are as for `make_plan`.
     """
 
     model: ModelFacts
@@ -42,6 +43,8 @@ class Question:
     allow: tuple[str, ...] = ()
     kernel: Kernel = "auto"
     later: frozenset[str] = frozenset()
+    kept_bytes: int = 0
+    modulated: bool = False
 
     @cached_property
     def packed_kernel(self) -> KernelChoice:
@@ -75,6 +78,8 @@ class Question:
             kernels=kernels_of(self.facts.type),
             unpacks=self.packed_kernel.name == "reference",
             host_is_device=self.facts.type == "cpu",
+            kept_bytes=self.kept_bytes if self.facts.type == "cpu" else 0,
+            modulated=self.modulated,
             converted=self._converted,
         )
 
@@ -97,6 +102,8 @@ class Question:
             self._head_bits,
             aligned=self.facts.type in ("cuda", "npu"),
         )
+        if part == "token2wav" and self.modulated:
+            sizes = replace(sizes, passing=0)
         halved = {"talker8": "talker", "vocoder16": "token2wav"}
         return sizes.halved() if any(halved.get(name) == part for name in self.later) else sizes
 

@@ -39,12 +39,13 @@ def phase_rows(
 def moved_bytes(choices: Choices, choice: Choice, on_device: Collection[str]) -> int:
     """Bytes of weights that come to the device: what is loaded, and what streams while a reply of
     the expected length is made."""
+    request = choices.request
     loaded = sum(
-        _held(choices, choice, module) + choices.request.sizes[module].passing
+        _held(choices, choice, module)
         for module in choices.used
         if not (module in on_device and module in choice.resident)
     )
-    request = choices.request
+    loaded += sum(request.sizes[module].passing for module in choices.used)
     passes = {"text": 1 + expected_tokens(request), "talker": 1 + expected_codes(request)}
     streamed = (passes[part] * option.cut.moved for part, option in choice.options.items())
     return loaded + sum(streamed)
@@ -92,14 +93,15 @@ def _row(
     option = next((choice.options[m] for m in load.modules if m in choice.options), None)
     slabs = option.cut.slabs if option else 0
     library = choices.facts.library_bytes
-    parts = {"weights": sum(_held(choices, choice, m) for m in there), "carry": load.carry}
+    carry = load.carry + choices.request.kept_bytes
+    parts = {"weights": sum(_held(choices, choice, m) for m in there), "carry": carry}
     computing = slabs + load.kv + load.activations + load.workspace
     if load.loading > computing:
         parts |= {"slabs": 0, "kv": 0, "activations": 0, "workspace": library + load.loading}
     else:
         parts |= {"slabs": slabs, "kv": load.kv, "activations": load.activations}
         parts["workspace"] = library + load.workspace
-    passing = sum(choices.request.sizes[m].passing for m in brought)
+    passing = sum(choices.request.sizes[m].passing for m in phase.opens)
     loaded = passing + sum(_held(choices, choice, m) for m in brought)
     read = passing + sum(choices.weights[m] for m in brought)  # what streams as well, once
     loading_s, computing_s = loading(read, choices.rates), phase.work.seconds(choices.rates)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lowvram.config import BigVGANConfig, DiTConfig
 from lowvram.planner.kernels import FLOAT, Kernels
 from lowvram.planner.laws import SMALL
+from lowvram.settings import EVALUATIONS_PER_STEP
 
 if TYPE_CHECKING:
     from lowvram.engine.pieces import VocodeSettings
@@ -21,16 +22,20 @@ def vocode_bytes(
     kernels: Kernels,
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
-    window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
+    window, frames = settings.largest_pass(codes, dit)
     times = _times(settings)
-    kept = _modulation_bytes(dit, times)
+    kept = modulation_bytes(dit, settings)
     mel = vocode_kept_bytes(dit, settings, codes) - kept
+    known = _known_frames(dit, settings, codes)
+    if settings.exact:
+        # With the block that waited.
+        window = min(known, window + dit.block_size)
     states = 3 if settings.solver == "euler" else 7
     moments = (
         # A row of one layer at a time, and the weight that makes it.
         (3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT,
         _voice_bytes(dit, voice_frames),
-        mel + _dit_bytes(dit, window, kernels) + states * window * dit.mel_dim * FLOAT,
+        mel + _dit_bytes(dit, window, known, kernels) + states * window * dit.mel_dim * FLOAT,
         mel + _bigvgan_bytes(bigvgan, frames),
     )
     return kept + max(moments) + SMALL
@@ -38,11 +43,22 @@ def vocode_bytes(
 
 def vocode_kept_bytes(dit: DiTConfig, settings: VocodeSettings, codes: int) -> int:
     """What is there between two pieces of speech of `codes` codes."""
-    window, frames = settings.largest_pass(codes, dit.repeats, dit.codes_per_block)
-    pieces = not settings.whole and codes > settings.piece_codes(0, dit.codes_per_block)
+    window, frames = settings.largest_pass(codes, dit)
+    first = settings.piece_blocks(0) * dit.codes_per_block + max(1, settings.ahead(dit))
+    pieces = settings.exact or codes >= first
     past = _past_bytes(dit, settings.evaluations) if pieces else 0
     mel = (window + frames) * dit.mel_dim * FLOAT
-    return _modulation_bytes(dit, _times(settings)) + past + mel
+    if settings.exact:
+        past += _held_bytes(dit, settings.evaluations)
+        states = EVALUATIONS_PER_STEP[settings.solver] * _known_frames(dit, settings, codes)
+        mel += states * dit.mel_dim * FLOAT
+    return modulation_bytes(dit, settings) + past + mel
+
+
+def _known_frames(config: DiTConfig, settings: VocodeSettings, codes: int) -> int:
+    """Mel frames that a pass of the DiT embeds the codes of: exactly, all that are on their way."""
+    window, _ = settings.largest_pass(codes, config)
+    return min(codes * config.repeats, window + settings.behind(config) * config.block_size)
 
 
 def _times(settings: VocodeSettings) -> int:
@@ -51,15 +67,21 @@ def _times(settings: VocodeSettings) -> int:
     return steps if settings.solver == "euler" else 3 * steps + 1
 
 
-def _modulation_bytes(config: DiTConfig, times: int) -> int:
+def modulation_bytes(config: DiTConfig, settings: VocodeSettings) -> int:
     """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
-    return times * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
+    return _times(settings) * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
 
 
 def _past_bytes(config: DiTConfig, evaluations: int) -> int:
     """Keys and values of a block, for both branches, of every layer that looks back."""
     values = config.block_size * config.num_attention_heads * config.head_dim
     return evaluations * len(config.look_backward_layers) * 2 * 2 * values * FLOAT
+
+
+def _held_bytes(config: DiTConfig, evaluations: int) -> int:
+    """A block of what every layer that looks ahead takes in, for both branches."""
+    values = config.block_size * config.hidden_size
+    return evaluations * len(config.look_ahead_layers) * 2 * values * FLOAT
 
 
 def _voice_bytes(config: DiTConfig, frames: int) -> int:
@@ -74,8 +96,9 @@ def _voice_bytes(config: DiTConfig, frames: int) -> int:
     return 2 * frames * values * FLOAT + 12 * last * FLOAT
 
 
-def _dit_bytes(config: DiTConfig, frames: int, kernels: Kernels) -> int:
-    """One velocity evaluation (both guidance branches, fp32) over `frames` mel frames."""
+def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels) -> int:
+    """One velocity evaluation (both guidance branches, fp32) over `frames` of the `known` mel
+    frames that the codes are embedded for."""
     width = config.hidden_size
     heads, dim = config.num_attention_heads, config.head_dim
     inner, attended = config.ff_mult * width, heads * dim
@@ -102,7 +125,7 @@ def _dit_bytes(config: DiTConfig, frames: int, kernels: Kernels) -> int:
         2 * frames * (2 * width + 2 * inner),
         2 * frames * (3 * width),
     )
-    kept = frames * (width // config.repeats + config.head_dim)
+    kept = known * (width // config.repeats + config.head_dim)
     return (layer + kept) * FLOAT
 
 

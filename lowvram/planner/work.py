@@ -69,7 +69,7 @@ def vocode_work(request: Request) -> Work:
     """The DiT reads its weights once an evaluation; the vocoder's share is about a tenth of it."""
     settings, dit = request.pieces, request.model.config.dit
     assert dit is not None
-    steps = passes(settings, expected_codes(request), dit.repeats, dit.codes_per_block)
+    steps = passes(settings, expected_codes(request), dit)
     pieces = [one for one in steps if one.stage == "mel"]
     frames = sum(one.length for one in pieces) * dit.repeats
     weights = request.sizes["token2wav"].total

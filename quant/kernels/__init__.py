@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..phase import Phase
 from ..scratch import Scratch
-from ..sizes import Asked, KernelName, preferred_kernel
+from ..sizes import AS_STORED, Asked, KernelName, preferred_kernel
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Kernel:
     `run(x, held, bias, group, phase, scratch)` multiplies x [M, K] by the weights and adds the
     bias; `joins` gives, for every held tensor, the axis along which several linears of one input
     lie side by side as one, and is empty where there is nothing to gain from that. While decoding,
-    `gated(x, held, bias, group)` multiplies silu of the first half of the outputs by the second,
-    where there is anything to gain.
+    `gated(x, held, bias, group, scratch)` multiplies silu of the first half of the outputs by the
+    second, where there is anything to gain.
     """
 
     name: KernelName
@@ -43,18 +43,19 @@ class Kernel:
     prepare: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
     run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
     joins: dict[str, int]
-    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int], Tensor] | None = None
+    gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Scratch], Tensor] | None = None
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The fastest kernel that can do `problem`, or the reference where that is asked for."""
-    from . import ascend, cpu, native, reference, tinygemm
+    from . import ascend, cpu, native, reference, tinygemm, triton
 
     modules: dict[KernelName, ModuleType] = {
         "cpu": cpu,
         "native": native,
         "tinygemm": tinygemm,
         "ascend": ascend,
+        "triton": triton,
         "reference": reference,
     }
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -64,7 +65,7 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
         reason = f"the {name} kernel cannot: {refused}"
         name = "cpu" if name == "native" else "reference"
     module = modules[name]
-    gated = native.gated if module is native else None
+    gated = getattr(module, "gated", None)
     prepare = module.prepare
     if module is ascend:
         prepare = functools.partial(prepare, dtype=problem.dtype)
@@ -79,4 +80,7 @@ def select_stored(problem: Problem, asked: Asked = "auto") -> Kernel:
     name, reason = preferred_kernel(problem.device, dtype, asked, problem.inputs * problem.outputs)
     if name == "ascend" and ascend_stored.refusal(problem) is None:
         return Kernel(name, reason, ascend_stored.prepare, ascend_stored.run, ascend_stored.JOINS)
+    chosen = select(problem, asked) if problem.device == "cuda" else None
+    if chosen is not None and chosen.name in AS_STORED:
+        return chosen
     return select(replace(problem, device="meta"), asked)

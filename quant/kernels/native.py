@@ -159,9 +159,15 @@ def run(
     )
 
 
-def gated(x: Tensor, held: dict[str, Tensor], bias: Tensor | None, group: int) -> Tensor:
+def gated(
+    x: Tensor,
+    held: dict[str, Tensor],
+    bias: Tensor | None,
+    group: int,
+    scratch: Scratch | None = None,
+) -> Tensor:
     """bfloat16 [M, K] -> `silu(first half) * second half` of the outputs, bfloat16 [M, N / 2];
-    rounded where the operations one by one would be."""
+    rounded where the operations one by one would be. It takes no scratch."""
     pairs = held["scales_and_zeros"]
     form = GATED | (FLOAT16 if pairs.dtype == torch.float16 else 0)
     return product(x, held["packed"], pairs, form, group, bias)

@@ -38,9 +38,8 @@ def test_a_prompt_is_as_long_as_the_published_one(seconds: int, tokens: int) -> 
 
 def test_the_reply_ends_after_the_longest_piece_of_speech() -> None:
     assert SPEC.config.dit is not None
-    repeats = SPEC.config.dit.repeats
-    longest = VocodeSettings().largest_pass(4096, repeats)
-    assert VocodeSettings().largest_pass(REPLY_CODES, repeats) == longest
+    longest = VocodeSettings().largest_pass(4096, SPEC.config.dit)
+    assert VocodeSettings().largest_pass(REPLY_CODES, SPEC.config.dit) == longest
     ends = ShapeCheckpoint("any", SPEC.config).generation
     assert [0 in ends.codec_end_ids for _ in range(REPLY_CODES + 2)].index(True) == REPLY_CODES
     assert [7 in ends.eos_token_ids for _ in range(9)] == [False] * 5 + [True] * 4

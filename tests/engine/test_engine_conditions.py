@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replies import open_model
 from safetensors.torch import load_file, save_file
 
 from lowvram import AudioChunk, Finished, LowVRAMOmni, Result, TextDelta
@@ -84,12 +85,10 @@ def test_a_talker_that_ends_at_once_leaves_an_empty_speech(tmp_path: Path, tight
     flat = ["talker.codec_head.weight"]
     with model(tmp_path / "repeats", flat=flat) as omni:
         (code,) = set(omni.generate(WORDS, max_speech_seconds=0.1, **LIKELIEST).codes)
-    with model(tmp_path / "ends", flat=flat, speech=code) as omni:
-        least = omni.plan(WORDS, max_new_tokens=3).minimum_budget_bytes
-    with LowVRAMOmni.from_pretrained(
-        tmp_path / "ends", device="cpu", max_memory=least if tight else None
-    ) as omni:
-        result = replied(omni, max_new_tokens=3, max_speech_seconds=1, **LIKELIEST)
+    options: dict[str, Any] = {"max_new_tokens": 3, "max_speech_seconds": 1, **LIKELIEST}
+    model(tmp_path / "ends", flat=flat, speech=code).close()
+    with open_model(tmp_path / "ends", WORDS, options, tight=tight) as omni:
+        result = replied(omni, **options)
         assert result.codes == () and len(result.tokens) == 3
         assert result.audio is not None and result.audio.shape == (0,)
         report = result.report

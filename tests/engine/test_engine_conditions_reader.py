@@ -8,8 +8,8 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
+from replies import open_model, same_reply
 
 from lowvram import Finished, LowVRAMOmni, Result
 from lowvram.pocket import make_checkpoint
@@ -28,22 +28,13 @@ def omni(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LowVRAMOmni]:
     folder = make_checkpoint(tmp_path_factory.mktemp("models") / "pocket", seed=5)
-    budget = None
-    if request.param == "streamed":
-        with LowVRAMOmni.from_pretrained(folder, device="cpu") as first:
-            budget = first.plan(ASKED, **SHORT).minimum_budget_bytes
-    with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=budget) as opened:
+    with open_model(folder, ASKED, SHORT, tight=request.param == "streamed") as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def wanted(omni: LowVRAMOmni) -> Result:
     return omni.generate(ASKED, **SHORT)
-
-
-def assert_same(one: Result, other: Result) -> None:
-    assert (one.text, one.tokens, one.codes) == (other.text, other.tokens, other.codes)
-    assert np.array_equal(one.audio, other.audio)  # type: ignore[arg-type]
 
 
 def books(omni: LowVRAMOmni) -> tuple[Any, ...]:
@@ -84,23 +75,23 @@ def test_a_reader_that_leaves_at_any_event_leaves_nothing(
     last = len(wanted.tokens) + 1  # the first sound comes after every word, or earlier
     leave(omni, way, random.Random(way).randint(1, last))
     assert books(omni) == ((), {})
-    assert_same(omni.generate(ASKED, **SHORT), wanted)
+    assert same_reply(omni.generate(ASKED, **SHORT), wanted)
 
 
 def test_what_stayed_before_stays_when_a_reader_leaves(omni: LowVRAMOmni, wanted: Result) -> None:
-    assert_same(omni.generate(ASKED, **SHORT), wanted)
+    assert same_reply(omni.generate(ASKED, **SHORT), wanted)
     before = books(omni)
     leave(omni, "close", 1)
     assert books(omni) == before
     leave(omni, "raise", len(wanted.tokens) + 1)
     assert books(omni) == before
-    assert_same(omni.generate(ASKED, **SHORT), wanted)
+    assert same_reply(omni.generate(ASKED, **SHORT), wanted)
 
 
 def test_a_stream_that_nobody_begins_costs_nothing(omni: LowVRAMOmni, wanted: Result) -> None:
     omni._loader.close()
     waiting = omni.stream(ASKED, **SHORT)
-    assert_same(omni.generate(ASKED, **SHORT), wanted)
+    assert same_reply(omni.generate(ASKED, **SHORT), wanted)
     waiting.close()
     assert list(waiting) == []
 
@@ -111,4 +102,4 @@ def test_a_slow_reader_gets_the_same(omni: LowVRAMOmni, wanted: Result) -> None:
         time.sleep(0.02)
         events.append(event)
     assert isinstance(events[-1], Finished)
-    assert_same(events[-1].result, wanted)
+    assert same_reply(events[-1].result, wanted)

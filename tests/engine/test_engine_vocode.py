@@ -14,7 +14,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_speech import tiny_codes, tiny_token2wav, tiny_voice
-from torch import Tensor
 
 from lowvram.config import BigVGANConfig, DiTConfig, OmniConfig
 from lowvram.engine.pieces import Pass, Schedule, VocodeSettings, passes
@@ -67,10 +66,22 @@ def test_passes_of_the_defaults() -> None:
     mel = [step for step in passes(VocodeSettings(), 1000) if step.stage == "mel"]
     assert [step.keep_to - step.keep_from for step in mel] == [24, 24, 48, *[96] * 9, 40]
     assert sum(step.length for step in mel) <= 1.25 * 1000
-    assert list(passes(VocodeSettings(whole=True), 130)) == [
-        Pass("mel", 0, 130, 0, 130),
-        Pass("wave", 0, 260, 0, 260),
+
+
+def test_passes_of_the_exact_sound() -> None:
+    """Every code comes in once, and its frames are finished nine blocks later."""
+    exact = VocodeSettings(exact=True)
+    assert list(passes(exact, 130)) == [
+        Pass("mel", 0, 24, 0, 0, 2),
+        Pass("mel", 24, 48, 0, 0, 2),
+        Pass("mel", 48, 96, 0, 0, 4),
+        Pass("mel", 96, 130, 0, 84, 8),
+        Pass("wave", 0, 168, 0, 134),
+        Pass("mel", 130, 130, 84, 130, 4),
+        Pass("wave", 100, 260, 134, 260),
     ]
+    assert exact.first_codes() == 193 and replace(exact, solver="rk4").first_codes() == 481
+    assert VocodeSettings().first_codes() == 36
 
 
 settings_strategy = st.builds(
@@ -79,7 +90,8 @@ settings_strategy = st.builds(
     look_ahead=st.integers(0, 3),
     vocoder_left_frames=st.integers(0, 40),
     vocoder_right_frames=st.integers(0, 40),
-    whole=st.booleans(),
+    exact=st.booleans(),
+    time_points=st.integers(2, 10),
 )
 
 
@@ -88,23 +100,26 @@ settings_strategy = st.builds(
 def test_passes_cover_everything_once_with_their_context(s: VocodeSettings, codes: int) -> None:
     done = {"mel": 0, "wave": 0}
     sizes = iter(s.blocks)
-    size = 0
+    size = front = came = 0
     for step in passes(s, codes):
         end = codes if step.stage == "mel" else 2 * codes
-        assert step.keep_from == done[step.stage] < step.keep_to
+        assert step.keep_from == done[step.stage] < step.keep_to + (step.blocks > 0)
         done[step.stage] = step.keep_to
-        if s.whole:
-            assert (step.start, step.stop) == (0, end)
-            continue
-        if step.stage == "mel":
+        if step.stage == "mel" and s.exact:
+            size = next(sizes, size)
+            behind = 12 * (s.evaluations - (front := front + step.blocks))
+            assert step.start == came and step.stop == min(codes, 12 * front)
+            assert step.blocks <= size and step.keep_to == min(codes, max(0, -behind))
+            came = step.stop
+        elif step.stage == "mel":
             size = next(sizes, size)
             assert step.start == step.keep_from and step.start % 12 == 0
             regular = step.stop - step.keep_to == 12 * s.look_ahead and step.keep_to < end
             assert step.keep_to - step.start == 12 * size if regular else step.stop == end
             assert step.length <= 12 * (size + s.look_ahead)
         else:
-            assert step.start == max(0, step.keep_from - s.vocoder_left_frames)
-            ready = min(end, step.keep_to + s.vocoder_right_frames)
+            assert step.start == max(0, step.keep_from - s.left_frames)
+            ready = min(end, step.keep_to + s.right_frames)
             assert step.stop == ready <= 2 * done["mel"]
         frames = step.length * (2 if step.stage == "mel" else 1)
         assert frames <= s.largest_pass(codes)[step.stage == "wave"]
@@ -115,17 +130,22 @@ def test_passes_cover_everything_once_with_their_context(s: VocodeSettings, code
 @given(settings_strategy, st.integers(1, 300))
 def test_the_largest_pass_is_reached(s: VocodeSettings, codes: int) -> None:
     """By speech of that many codes or fewer."""
-    mel, wave = s.largest_pass(codes)
-    steps = [step for count in range(1, codes + 1) for step in passes(s, count)]
-    assert mel == 2 * max(step.length for step in steps if step.stage == "mel")
-    assert wave >= max(step.length for step in steps if step.stage == "wave")
+    steps = [(step, count) for count in range(1, codes + 1) for step in passes(s, count)]
+    mel = max(
+        min(12 * step.blocks, count) if s.exact else step.length
+        for step, count in steps
+        if step.stage == "mel"
+    )
+    wave = max(step.length for step, _ in steps if step.stage == "wave")
+    assert s.largest_pass(codes) == (2 * mel, wave)
 
 
 def test_passes_of_long_speech_are_as_long_as_those_of_short() -> None:
     assert (
         VocodeSettings().largest_pass(180_000) == VocodeSettings().largest_pass(300) == (216, 232)
     )
-    assert VocodeSettings(whole=True).largest_pass(300) == (600, 600)
+    exact = VocodeSettings(exact=True)
+    assert exact.largest_pass(180_000) == exact.largest_pass(300) == (192, 260)
 
 
 @settings(deadline=None)
@@ -183,11 +203,11 @@ def test_noise_of_the_past_is_not_kept() -> None:
         source.window(38, 50)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 59, 60, 61, 130])
-def test_480_samples_a_code_and_every_code_once(count: int, whole: bool) -> None:
+def test_480_samples_a_code_and_every_code_once(count: int, exact: bool) -> None:
     codes = tiny_codes(count)
-    pieces = speak(tiny_token2wav(1), codes, VocodeSettings(time_points=2, whole=whole))
+    pieces = speak(tiny_token2wav(1), codes, VocodeSettings(time_points=2, exact=exact))
     samples = 0
     for i, piece in enumerate(pieces):
         samples += len(piece.samples)
@@ -197,7 +217,7 @@ def test_480_samples_a_code_and_every_code_once(count: int, whole: bool) -> None
     assert samples == 480 * count
 
 
-@pytest.mark.parametrize("settings", [FAST, VocodeSettings(time_points=2, whole=True)])
+@pytest.mark.parametrize("settings", [FAST, VocodeSettings(time_points=2, exact=True)])
 @pytest.mark.parametrize("groups", [[1] * 115, [60, 0, 55], [59, 1, 48]])
 def test_pieces_do_not_depend_on_how_codes_arrive(
     settings: VocodeSettings, groups: list[int]
@@ -217,30 +237,47 @@ def test_pieces_wait_for_the_reader() -> None:
     assert np.array_equal(waveform(pieces), waveform(speak(model, codes, FAST)))
 
 
+def whole_wave(model: Token2Wav, codes: list[int], settings: VocodeSettings) -> np.ndarray:
+    """The utterance made at once, from the noise of `speak`."""
+    utterance = model.prepare(tiny_voice(), settings.solver, settings.time_points)
+    noise = NoiseSource(7).window(0, 2 * len(codes))
+    return model.wave(model.mel(utterance, codes, noise)).numpy()
+
+
+@pytest.mark.parametrize(("solver", "points"), [("euler", 10), ("rk4", 3)])
+@pytest.mark.parametrize("count", [1, 13, 100, 337])
+def test_exact_pieces_are_the_whole(solver: Any, points: int, count: int) -> None:
+    model, codes = tiny_token2wav(1), tiny_codes(count)
+    exact = VocodeSettings(solver=solver, time_points=points, exact=True)
+    whole = whole_wave(model, codes, exact)
+    assert whole.std() > 0.03
+    assert np.abs(waveform(speak(model, codes, exact)) - whole).max() < 1e-4
+
+
 @pytest.mark.parametrize(("solver", "points", "ahead"), [("euler", 4, 3), ("rk4", 2, 4)])
 @pytest.mark.parametrize("count", [35, 115, 250])
 def test_pieces_are_the_whole_to_rounding(solver: Any, points: int, ahead: int, count: int) -> None:
     """With a block ahead for each evaluation of the DiT, and all the frames the vocoder hears."""
     model, codes = tiny_token2wav(1), tiny_codes(count)
-    exact = VocodeSettings(
+    full = VocodeSettings(
         solver=solver,
         time_points=points,
         look_ahead=ahead,
         vocoder_left_frames=34,
         vocoder_right_frames=34,
     )
-    whole = waveform(speak(model, codes, replace(exact, whole=True)))
+    whole = whole_wave(model, codes, full)
     assert whole.std() > 0.1
-    assert np.abs(waveform(speak(model, codes, exact)) - whole).max() < 5e-5
+    assert np.abs(waveform(speak(model, codes, full)) - whole).max() < 5e-5
     if count == 250:
-        short = replace(exact, look_ahead=0)
+        short = replace(full, look_ahead=0)
         assert np.abs(waveform(speak(model, codes, short)) - whole).max() > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["euler", "rk4"])
 def test_the_defaults_are_close_to_the_whole(solver: Any) -> None:
     model, codes = tiny_token2wav(1, std=0.08), tiny_codes(150)
-    whole = waveform(speak(model, codes, VocodeSettings(solver=solver, whole=True)))
+    whole = whole_wave(model, codes, VocodeSettings(solver=solver))
     pieces = waveform(speak(model, codes, VocodeSettings(solver=solver)))
     assert 0 < np.sqrt(np.mean((pieces - whole) ** 2)) < 1e-3 * whole.std()
 
@@ -264,46 +301,6 @@ def test_what_is_constant_is_computed_once(solver: Any, evaluations: int) -> Non
     speak(model, tiny_codes(130), settings)
     assert settings.evaluations == evaluations
     assert calls == {"dit": 4 * evaluations, "speaker": 1, "time": 1, "modulation": 1}
-
-
-class Recorder:
-    """In the place of a Token2Wav: no arithmetic, remembers the lengths it was asked for."""
-
-    repeats, samples_per_code = 2, 480
-
-    def __init__(self) -> None:
-        self.code2wav_dit_model = self
-        self.config = DiTConfig()
-        self.longest = 0
-
-    def check_codes(self, codes: list[int]) -> None:
-        pass
-
-    def prepare(self, *_: Any) -> None:
-        pass
-
-    def past(self, _: None) -> None:
-        pass
-
-    def mel(self, _: None, codes: list[int], noise: Tensor, __: None, final: int | None) -> Tensor:
-        self.longest = max(self.longest, len(codes) * 2, noise.untyped_storage().nbytes() // 320)
-        assert len(noise) == 2 * len(codes)
-        return noise if final is None else noise[: 2 * final]
-
-    def wave(self, mel: Tensor) -> Tensor:
-        assert len(mel) <= 232
-        self.longest = max(self.longest, mel.untyped_storage().nbytes() // 320)
-        return torch.zeros(len(mel) * 240)
-
-
-def test_ten_minutes_take_no_more_memory_than_ten_seconds() -> None:
-    """Beyond the 30,000 frames (5 minutes) at which the official mode runs out of noise."""
-    model: Any = Recorder()
-    codes = 626 * 48 + 59
-    pieces = speak(model, [1] * codes, VocodeSettings())
-    assert len(waveform(pieces)) == codes * 480
-    # A window of the vocoder, and what the last pass of the DiT appends to it.
-    assert model.longest <= 40 + 2 * 216
 
 
 @pytest.mark.parametrize("code", [-1, 8194, 8447])

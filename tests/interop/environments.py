@@ -55,7 +55,7 @@ READERS = (
             "torchao==0.18.0",
             *_REQUESTS,
         ),
-        ("gptqmodel_files",),
+        ("gptqmodel_files", "gptqmodel_search"),
     ),
     Reader(
         "compressed-tensors",

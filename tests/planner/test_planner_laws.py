@@ -155,15 +155,24 @@ def vocoder(name: str) -> Any:
 # The 3B's vocoder is the 7B's.
 @pytest.mark.parametrize("name", ["7B", "pocket"])
 @pytest.mark.parametrize(
-    ("solver", "codes", "whole"),
-    [("euler", 1, False), ("euler", 300, False), ("rk4", 300, False), ("rk4", 70, True)],
+    ("solver", "codes", "exact"),
+    [
+        ("euler", 1, False),
+        ("euler", 70, False),
+        ("euler", 130, False),
+        ("euler", 300, False),
+        ("rk4", 70, False),
+        ("euler", 30, True),
+        ("euler", 130, True),
+        ("rk4", 70, True),
+    ],
 )
-def test_vocoder(name: str, solver: Any, codes: int, whole: bool) -> None:
+def test_vocoder(name: str, solver: Any, codes: int, exact: bool) -> None:
     config = CONFIGS[name]
     assert config.dit is not None and config.bigvgan is not None
     model = vocoder(name)
     voice = Voice("any", 0, torch.zeros(1, config.dit.enc_emb_dim), torch.zeros(1, 400, 80))
-    settings = VocodeSettings(solver=solver, whole=whole)
+    settings = VocodeSettings(solver=solver, exact=exact)
 
     def work() -> None:
         stream = SpeechStream(model, voice, NoiseSource(0), settings)

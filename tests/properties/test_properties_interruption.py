@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from replies import open_model, same_reply
 
 from lowvram import LowVRAMOmni, Result
 from lowvram.models.audio import AudioLayer
@@ -48,11 +48,7 @@ def omni(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LowVRAMOmni]:
     folder = make_checkpoint(tmp_path_factory.mktemp("models") / "pocket", seed=5)
-    budget = None
-    if request.param == "streamed":
-        with LowVRAMOmni.from_pretrained(folder, device="cpu") as first:
-            budget = first.plan(ASKED, **SHORT).minimum_budget_bytes
-    with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=budget) as opened:
+    with open_model(folder, ASKED, SHORT, tight=request.param == "streamed") as opened:
         yield opened
 
 
@@ -80,6 +76,4 @@ def test_an_interruption_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             omni.generate(ASKED, **SHORT)
     assert omni.resident == () and omni._meter.held() == {}
-    reply = omni.generate(ASKED, **SHORT)
-    assert (reply.tokens, reply.codes) == (wanted.tokens, wanted.codes)
-    assert torch.equal(torch.from_numpy(reply.audio), torch.from_numpy(wanted.audio))
+    assert same_reply(omni.generate(ASKED, **SHORT), wanted)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties.drawing import drawn
 from properties.random_shapes import Asked, Known, Model, models, requests
 
 from lowvram.offload import Budget, guard_bytes
@@ -85,14 +86,7 @@ def seconds(plan: Plan) -> float:
 
 @pytest.mark.parametrize("kind", ["cuda", "npu", "cpu", "meta"])
 def test_more_budget_is_never_slower_nor_refused(kind: str) -> None:
-    @settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=40,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(drawn, max_examples=40)
     @given(
         st.booleans().flatmap(lambda packed: models(packed, 8)),
         unsaid,

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties.drawing import drawn
 from properties.random_shapes import Asked, Known, Model, models, requests
 from properties.shape_machine import Machine
 
@@ -27,13 +28,6 @@ CASES = 12
 """Models and requests of each kind. With each, six triples: a budget that is refused, the least,
 two between, a large one, and another request to what has stayed of the one before."""
 
-drawn = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 
 

@@ -89,3 +89,18 @@ def test_nibbles_in_the_order_of_the_file() -> None:
     words = torch.tensor([[0x7654_3210, -0x7654_3211]], dtype=torch.int32)
     assert as_stored(words).tolist() == [[*range(8), *range(15, 7, -1)]]
     assert as_stored(words[:, 1:]).tolist() == [[*range(15, 7, -1)]]
+
+
+@pytest.mark.parametrize("scale", [0.0, 6e-8, 4300.0, 1e30])
+def test_extreme_scales_are_treated_alike(scale: float) -> None:
+    """The last is beyond float16, and becomes its largest number rather than infinity."""
+    words, zeros, scales = stored(128, 64, 32)
+    scales = torch.full_like(scales, scale, dtype=torch.bfloat16 if scale > 1e5 else None)
+    scales[1::2] = 0
+    x = torch.randn(3, 128).half() / 4096
+    x[1] = 0
+    arrived, stays = both(x, (words, zeros, scales), None, 32)
+    assert torch.equal(arrived, stays) or scale > 1e5
+    if scale < 1e5:
+        assert torch.isfinite(arrived).all() and not arrived[1].any()
+    assert torch.isfinite(ascend.in_type(scales, torch.float16)).all()

@@ -79,6 +79,14 @@ def test_is_chosen_only_where_allowed_and_faster() -> None:
         assert refused is not None and refused.bits is None and why in refused.reason
 
 
+def test_on_cuda_there_are_8_bits() -> None:
+    for allow in (("head8",), ("head4", "head8")):
+        chosen = choose_head(allow, "triton", 256, 1024)
+        assert chosen is not None and chosen.bits == 8 and chosen.reason.startswith("head8: ")
+    refused = choose_head(("head4",), "triton", 256, 1024)
+    assert refused is not None and refused.bits is None and "there is head8" in refused.reason
+
+
 @pytest.mark.parametrize(("allow", "low", "high"), [("head8", 1e-4, 0.02), ("head4", 0.01, 0.15)])
 def test_a_request_reports_its_error_and_keeps_its_plan(
     allow: str, low: float, high: float, tmp_path: Path

@@ -178,7 +178,7 @@ def test_the_phase_chooses_the_kernel_and_the_rows_do_not(monkeypatch: pytest.Mo
             Problem("cuda", torch.bfloat16, 256, 64, 128),
             "auto",
             "reference",
-            "tinygemm kernel cannot: CUDA",
+            "triton kernel cannot: CUDA",
         ),
         (Problem("npu", torch.bfloat16, 256, 64, 128), "auto", "reference", "no NPU is open"),
         (Problem("cpu", torch.bfloat16, 256, 80, 128), "auto", "reference", "80 outputs"),
