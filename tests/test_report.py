@@ -252,14 +252,7 @@ def test_a_wrong_name_is_refused_before_the_work(capsys: Any) -> None:
 
 def test_each_turn_of_a_chat_has_its_report(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     lines = iter(["more"])
-
-    def read(prompt: str = "") -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, "/exit"))
     flags = ["--no-speech", "--report", str(tmp_path / "memory.json")]
     assert main(["chat", *ASK, *flags]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory-1.json", "memory-2.json"]

@@ -191,14 +191,7 @@ def test_odd_pictures_are_answered(capsys: Any, mode: str) -> None:
 def test_a_chat_over_two_turns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     picture = MEDIA / "picture.png"
     lines = iter([f"/image {picture}", "what is it?", "/save talk.json", "and now?"])
-
-    def read(prompt: str = "") -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, "/exit"))
     Path("talk").mkdir()
     assert main(["chat", "-o", "talk", *SHORT]) == 0
     replies = capsys.readouterr().out.splitlines()
