@@ -27,6 +27,9 @@ _ROWS = 2048
 _DAMPINGS = 8
 """How often the damping is raised tenfold for products that no factor can be found of."""
 
+_LEAST = 1e-3
+"""Share of the mean energy that the damping takes an input to have at least."""
+
 _GAIN = 1e-6
 """A change must lower its part of the error by this share: floating-point noise decides nothing."""
 
@@ -56,20 +59,19 @@ def feedback(products: Tensor, damping: float) -> Feedback:
 
 
 def factored(products: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Products [K, K] with a share of their mean diagonal added to it, and the lower factor of
-    that; both float64. Where there is no factor, the share is raised until there is one.
+    """Products [K, K], each input given a share of its own energy more (and of the mean's, so that
+    one without any has some), and the lower factor of that; both float64. Where there is no
+    factor, the share is raised until there is one.
     """
-    mean = float(products.diagonal().double().mean())
-    share = damping * mean
-    if not share > 0.0:
-        return _plain(len(products), products.device)
-    for _ in range(_DAMPINGS):
+    energy = products.diagonal().double()
+    extra = damping * (energy + _LEAST * energy.mean())
+    for _ in range(_DAMPINGS if float(extra.max()) > 0.0 else 0):
         damped = products.double()
-        damped.diagonal().add_(share)
+        damped.diagonal().add_(extra)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return damped, lower
-        share *= 10.0
+        extra = extra * 10.0
     return _plain(len(products), products.device)
 
 
