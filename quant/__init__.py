@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .sizes import (
         HEAD_OPTIONS,
+        STREAMING,
         HeadBits,
         HeadChoice,
         KernelChoice,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GROUPS",
     "HEAD_OPTIONS",
+    "STREAMING",
     "Geometry",
     "HeadBits",
     "HeadChoice",
@@ -102,6 +104,7 @@ _HOME = {
     "scratch": ("Scratch",),
     "sizes": (
         "HEAD_OPTIONS",
+        "STREAMING",
         "HeadBits",
         "HeadChoice",
         "KernelChoice",

@@ -33,6 +33,9 @@ TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 AS_STORED: frozenset[KernelName] = frozenset({"reference", "triton"})
 """Kernels that compute from the tensors as they are in the file."""
 
+STREAMING: frozenset[KernelName] = frozenset({"triton", "ascend"})
+"""Kernels that have a product for layers that stream; others leave those to `reference`."""
+
 
 EIGHT_BIT_PIECE = 1 << 22
 """8-bit weights that become 16-bit at a time."""

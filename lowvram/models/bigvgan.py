@@ -23,6 +23,11 @@ REFERENCE_DECIBEL = 20.0
 SNAKE_EPSILON = 1e-9
 
 
+LONGEST_TRANSPOSED = 6144
+"""Samples, context included, that a depthwise transposed convolution is given at once on an NPU:
+longer ones take ten times as long there (vllm-project/vllm-omni, pull request 7896)."""
+
+
 @functools.cache
 def _low_pass() -> Tensor:
     """Kaiser-windowed sinc that halves the band: fp32 [FILTER_TAPS] on the host, summing to one."""
@@ -49,9 +54,21 @@ def _upsample(x: Tensor, taps: Tensor) -> Tensor:
     edge = FILTER_TAPS // RESAMPLING - 1
     trim = edge * RESAMPLING + (FILTER_TAPS - RESAMPLING) // 2
     weight = (RESAMPLING * taps).expand(x.shape[1], 1, -1)
+    length = x.shape[-1]
+    step = LONGEST_TRANSPOSED - 2 * edge if x.device.type == "npu" else length
     x = _extend(x, edge, edge)
-    x = F.conv_transpose1d(x, weight, stride=RESAMPLING, groups=weight.shape[0])
-    return x[..., trim:-trim]
+
+    def piece(start: int) -> Tensor:
+        part = x[..., start : min(start + step, length) + 2 * edge]
+        part = F.conv_transpose1d(part, weight, stride=RESAMPLING, groups=weight.shape[0])
+        return part[..., trim:-trim]
+
+    if step >= length:
+        return piece(0)
+    out = x.new_empty(*x.shape[:-1], RESAMPLING * length)
+    for start in range(0, length, step):
+        out[..., RESAMPLING * start : RESAMPLING * min(start + step, length)] = piece(start)
+    return out
 
 
 def _downsample(x: Tensor, taps: Tensor) -> Tensor:

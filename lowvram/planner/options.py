@@ -144,7 +144,8 @@ class PartOptions:
 
     def _every_way(self) -> Iterator[_Way]:
         rates, request = self._rates, self._request
-        unpacking = 0 if request.unpacks else UNPACKING_BYTES * rates.bus / rates.memory
+        changes = request.unpacks_streamed and not request.unpacks
+        unpacking = UNPACKING_BYTES * rates.bus / rates.memory if changes else 0
         divided = cuts(request.sizes[self._part], unpacking)
         for kv, chunk, streams in self._phase_kinds():
             loads = self._phases(kv, chunk, streams)

@@ -72,10 +72,10 @@ class Request:
 
     `itemsize` is that of the activations, `kv_itemsize` that of keys and values. `host_is_device`:
     on the CPU the prompt's embeddings and states count against the budget; else they wait on the
-    host and cost the device nothing. `unpacks`: packed linears are de-quantized for every product,
-    not only those that stream. `converted` parts are stored in another type, and read through
-    memory that counts. `settings` name their bounds. `kept_bytes` count in every phase; where it is
-    `modulated`, the vocoder's modulations are among them on the CPU.
+    host and cost the device nothing. `unpacks`: packed linears that stay are de-quantized for
+    every product, `unpacks_streamed` those that stream. `converted` parts are stored in another
+    type, and read through memory that counts. `settings` name their bounds. `kept_bytes` count in
+    every phase; where it is `modulated`, the vocoder's modulations are among them on the CPU.
     """
 
     model: ModelFacts
@@ -86,6 +86,7 @@ class Request:
     kv_itemsize: int
     kernels: Kernels
     unpacks: bool
+    unpacks_streamed: bool
     host_is_device: bool
     converted: frozenset[Part] = frozenset()
     kept_bytes: int = 0

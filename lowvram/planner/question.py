@@ -14,6 +14,7 @@ from lowvram.planner.model import ModelFacts, PartSizes
 from lowvram.planner.phases import ITEMSIZE, Request
 from lowvram.quant import (
     HEAD_OPTIONS,
+    STREAMING,
     HeadBits,
     HeadChoice,
     KernelChoice,
@@ -77,6 +78,7 @@ class Question:
             kv_itemsize=1 if "kv8" in self.later else size,
             kernels=kernels_of(self.facts.type),
             unpacks=self.packed_kernel.name == "reference",
+            unpacks_streamed=self.packed_kernel.name not in STREAMING,
             host_is_device=self.facts.type == "cpu",
             kept_bytes=self.kept_bytes if self.facts.type == "cpu" else 0,
             modulated=self.modulated,

@@ -41,9 +41,10 @@ def talk_work(request: Request, kv: Home, chunk: int, streams: bool) -> Work:
 
 def stream_work(request: Request, cut: Cut, passes: int, source: Source) -> Work:
     """What streams in `passes` passes: pinned bytes cross the bus, the others come from the file
-    as well; packed weights that would have a product of their own are unpacked instead."""
+    as well; packed weights whose product is only for those that stay are unpacked instead."""
     moved = passes * cut.moved
-    unpacked = 0 if request.unpacks else passes * cut.packed * UNPACKING_BYTES
+    changes = request.unpacks_streamed and not request.unpacks
+    unpacked = passes * cut.packed * UNPACKING_BYTES if changes else 0
     return Work(
         memory=unpacked,
         bus=0 if source == "file" else moved,

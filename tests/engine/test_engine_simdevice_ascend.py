@@ -16,6 +16,7 @@ from simdevice import operator, simulated
 
 from lowvram import LowVRAMOmni, Result
 from lowvram.models import attention as attention_module
+from lowvram.models.bigvgan import LONGEST_TRANSPOSED
 from lowvram.offload import Placement
 from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
 from lowvram.planner import Plan
@@ -76,7 +77,7 @@ def opened(folder: Path, dtype: str, device: str = "npu", **options: Any) -> Low
 
 def prepare_device(limit: int = 8 * GIB) -> None:
     sim.reset()
-    sim.configure(limit=limit, context=FALLBACK_CONTEXT_BYTES)
+    sim.configure(limit=limit, context=FALLBACK_CONTEXT_BYTES, transposed=LONGEST_TRANSPOSED)
 
 
 def check(found: Result, wanted: Result) -> None:
