@@ -6,7 +6,8 @@ Needs no download and writes no weights: random ones of the true shapes are made
 For each budget a process of its own runs requests of 15, 30 and 60 s of video (781 tokens a
 second) that are answered in text and speech, so that the driver's context is measured each time and
 the allocator starts empty; one more process measures how fast layers pass through slabs, against
-plain pinned copies. What does not fit into `--time-limit` is left out, and the table says so.
+plain pinned copies, and one how fast single products are by every kernel that the device has, for a
+token and for a prompt. What does not fit into `--time-limit` is left out, and the table says so.
 
 Works on cuda and npu; on cpu it runs as well, without a driver to ask: `--model pocket --device
 cpu --seconds 1 --budget 1GiB` shows within seconds that it works.
@@ -49,6 +50,7 @@ class Work:
     max_tokens: int
     max_speech: float
     time_limit: float
+    product_seconds: float
 
     def job(self, name: str, *more: object) -> list[str]:
         """The arguments of a job."""
@@ -89,6 +91,10 @@ def run_job(job: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
 
     if name == "facts":
         yield facts(model, device, [case(video) for video in more])
+    elif name == "kernels":
+        from accelerator_kernels import kernels
+
+        yield from kernels(model, device, float(more[0]))
     elif name == "requests":
         budget, *videos = more
         yield from requests(model, device, int(budget), [case(v) for v in videos], until)
@@ -109,6 +115,12 @@ def measured(work: Work, ask: Ask) -> dict[str, Any]:
     print(f"{work.model}, random weights, on {facts['device_name']}", flush=True)
     copied = next(ask(work.job("copies", 4), left()))
     print(_copies_line(copied), flush=True)
+    products: list[dict[str, Any]] = []
+    for row in (
+        ask(work.job("kernels", work.product_seconds), left()) if left() > START_SECONDS else ()
+    ):
+        products.append(row)
+        print(_product_line(row), flush=True)
     rows: list[dict[str, Any]] = []
     for budget, videos in _plan(work, facts):
         job = work.job("requests", budget, *videos)
@@ -129,6 +141,7 @@ def measured(work: Work, ask: Ask) -> dict[str, Any]:
         "reply": {"max_tokens": work.max_tokens, "max_speech_seconds": work.max_speech},
         **facts,
         "copies": copied,
+        "products": products,
         "requests": rows,
         "seconds": time.monotonic() - begun,
         "load_before_and_after": [load, os.getloadavg()[0]],
@@ -153,6 +166,18 @@ def _copies_line(row: dict[str, Any]) -> str:
         f"{row['streamed_bytes_per_s'] / 1e9:.2f} GB/s, plain "
         f"{row['plain_copy_bytes_per_s'] / 1e9:.2f} GB/s"
     )
+
+
+def _product_line(row: dict[str, Any]) -> str:
+    if "seconds" not in row:
+        return f"products: {row}"
+    beside = row.get("of_bound") or row["of_dense"]
+    what = "of memory's bound" if "of_bound" in row else "of 16-bit weights' speed"
+    told = ", ".join(
+        f"{name} {row['seconds'][name] * 1e6:,.0f} us ({beside[name]:.2f})" for name in beside
+    )
+    size = f"{row['linear']} {row['inputs']} x {row['outputs']}"
+    return f"{row['phase']} of {row['rows']}, {size} ({what}): {told}"
 
 
 def _request_line(row: dict[str, Any]) -> str:
@@ -187,6 +212,9 @@ def main(arguments: Sequence[str] | None = None, ask: Ask = children) -> int:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--max-speech", type=float, default=4.0, metavar="SECONDS")
     parser.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
+    parser.add_argument(
+        "--product-seconds", type=float, default=0.3, metavar="SECONDS", help="for each of them"
+    )
     parser.add_argument("--json", type=Path, help="where the numbers go (default: results/)")
     given = parser.parse_args(arguments)
     work = Work(
@@ -197,6 +225,7 @@ def main(arguments: Sequence[str] | None = None, ask: Ask = children) -> int:
         max_tokens=given.max_tokens,
         max_speech=given.max_speech,
         time_limit=given.time_limit,
+        product_seconds=given.product_seconds,
     )
     result = measured(work, ask)
     kind = work.device.partition(":")[0]

@@ -29,3 +29,12 @@ def same_reply(one: Result, other: Result) -> bool:
         and one.codes == other.codes
         and np.array_equal(one.audio, other.audio)  # type: ignore[arg-type]
     )
+
+
+def held(omni: LowVRAMOmni) -> dict[str, int]:
+    """What is on the device, the CPU, by owner; without what every request makes alike, which stays
+    on the host."""
+    kept, found = omni._constants.nbytes, omni._meter.held()
+    carried = found.pop("carry", 0)
+    assert carried == kept
+    return found

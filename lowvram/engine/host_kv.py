@@ -73,6 +73,15 @@ class HostKVCache:
     def data(self) -> Tensor:
         return self._buffers.data
 
+    @property
+    def bias(self) -> Tensor | None:
+        """As `KVCache.bias`."""
+        return self._buffers.bias
+
+    def follow(self, place: Tensor, span: int, filled: int) -> None:
+        """As `KVCache.follow`."""
+        self._buffers.follow(place, span, filled)
+
     @contextmanager
     def at(self, index: int, start: int) -> Iterator[None]:
         """Inside, rows 0 to `start` of layer `index` are on the device and more may be written.

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder
-from lowvram.offload import Device, Mark
+from lowvram.offload import CopyLane, Device, Mark
 
 Parts = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and type of tensors by name."""
 
-_TURNS = 64  # positions whose tables are made at a time
 _ALIGN = 64  # bytes; what vector instructions like, and a multiple of every item
 
 
 class StepInputs:
     """Tensors that the host fills before a step, on the device in memory that stays where it is.
 
-    `there` has them by name. Where device memory is not host memory, two pinned pieces take turns:
+    `there` has them by name. Where device memory is not host memory, two pieces take turns there:
     before one is filled, the step must be done that the last but one was sent for.
     """
 
@@ -32,10 +32,8 @@ class StepInputs:
         self._memory = torch.empty(size, dtype=torch.uint8, device=device.torch)
         if device.type == "cpu":
             self._hosts = [self._memory]
-        elif lane is None:
-            self._hosts = [torch.empty(size, dtype=torch.uint8, device="cpu")]
         else:
-            self._hosts = [lane.host_buffer(size) for _ in range(2)]
+            self._hosts = _two_on_host(lane, size)
         self._slots = [_views(host, parts) for host in self._hosts]
         self._turn = 0
         self.there = _views(self._memory, parts)
@@ -64,7 +62,7 @@ class Readback:
         self.lag = 0 if self._lane is None else 1
         self._free: deque[Tensor] = deque()
         if self._lane is not None:
-            self._free.extend(self._lane.host_buffer(8).view(torch.int64) for _ in range(2))
+            self._free.extend(piece.view(torch.int64) for piece in _two_on_host(self._lane, 8))
         self._coming: deque[tuple[Tensor, Mark | None]] = deque()
 
     def __len__(self) -> int:
@@ -92,25 +90,30 @@ class Readback:
 
 
 class Turns:
-    """Rotary tables of one position after the other, from `start` on; made on the host, many at a
-    time."""
+    """Rotary tables of positions that follow each other, made on the host `ahead` at a time."""
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, start: int) -> None:
-        self._decoder, self._dtype = decoder, dtype
-        self._made: Iterator[Rope] = iter(())
-        self.start = start
-        self._next = start
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, ahead: int) -> None:
+        self._decoder, self._dtype, self._ahead = decoder, dtype, ahead
+        self._made = range(0)
+        self._tables: Rope | None = None
 
-    def next(self) -> Rope:
-        """Those of the next position, each [1, 1, 1, head_dim]."""
-        turn = next(self._made, None)
-        if turn is not None:
-            return turn
-        places = torch.arange(self._next, self._next + _TURNS, device="cpu").expand(3, 1, -1)
-        self._next += _TURNS
-        cos, sin = self._decoder.tables(places, self._dtype)
-        self._made = zip(cos.split(1, 1), sin.split(1, 1), strict=True)
-        return self.next()
+    def at(self, position: int) -> Rope:
+        """Those of one position, each [1, 1, 1, head_dim]."""
+        if self._tables is None or position not in self._made:
+            self._made = range(position, position + self._ahead)
+            places = torch.arange(position, self._made.stop, device="cpu").expand(3, 1, -1)
+            self._tables = self._decoder.tables(places, self._dtype)
+        cos, sin = self._tables
+        row = position - self._made.start
+        return cos[:, row : row + 1], sin[:, row : row + 1]
+
+
+def _two_on_host(lane: CopyLane | None, size: int) -> list[Tensor]:
+    """Pinned where that can be had; else the host waits for its copies."""
+    if lane is not None:
+        with suppress(RuntimeError):
+            return [lane.host_buffer(size) for _ in range(2)]
+    return [torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(2)]
 
 
 def _span(parts: Parts) -> int:

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from lowvram.engine.context import Context
+from lowvram.engine.graph import StepGraph, in_place
 from lowvram.engine.host_kv import HostKVCache
+from lowvram.engine.inputs import StepInputs, Turns
 from lowvram.engine.ladder import Ladder
+from lowvram.engine.spans import span_of
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder, DecoderLayer
+from lowvram.planner.kernels import kernels_of
+from lowvram.planner.laws import layer_bytes
 from lowvram.quant import kernel_phase
+
+TABLES_AHEAD = 64
+"""Positions whose rotary tables are made on the host at a time."""
 
 Feed = Callable[[int, int], Tensor]
 """(start, stop) -> the decoder's inputs for those tokens, [1, stop - start, H] on the device."""
@@ -44,6 +52,9 @@ class DecoderPasses:
         self._context, self._part = context, part
         self._decoder, self._cache = decoder, cache
         self._ladder = Ladder(context, part, chunk)
+        self._in_place = in_place(context.device, cache.max_tokens)
+        self._inputs: StepInputs | None = None
+        self._graph: StepGraph | None = None
         self.filled = 0
 
     def prefill(self, feed: Feed, positions: np.ndarray, states: Tensor | None) -> Tensor:
@@ -67,31 +78,71 @@ class DecoderPasses:
         self.filled = place.shape[-1]
         return last
 
-    def step(self, x: Tensor, place: int | Rope) -> Tensor:
-        """Feed one input [1, 1, H] at a position, or with its rotary tables, which are then on the
-        device; returns its last hidden state [1, H]."""
+    def step(self, x: Tensor, position: int) -> Tensor:
+        """Feed one input [1, 1, H]; returns its last hidden state [1, H], which stands until the
+        next step."""
+        there = self._send(position, x.dtype)
+        rope = there["cos"], there["sin"]
 
         def run() -> Tensor:
-            rope = self._rope(place, x.dtype)
-            if not self._streams:
-                hidden: Tensor = self._decoder(x, rope, self._cache, self.filled)
-                return hidden[:, -1]
-            hidden = x
-            for index in range(len(self._decoder.layers)):
-                with self._layer(index, self.filled) as layer:
-                    hidden = layer(hidden, rope, self._cache, self.filled)
-            last: Tensor = self._decoder.norm(hidden)[:, -1]
-            return last
+            if self._in_place:
+                self._show(there["place"])
+            if self._streams:
+                return self._layer_by_layer(x, rope)
+            if not self._in_place:
+                return self._whole(x, rope)
+            return self._replayed(x, rope)
 
         with kernel_phase("decode"):
             last = self._ladder.climb(run, self._again)
         self.filled += 1
         return last
 
-    def _rope(self, place: int | Rope, dtype: torch.dtype) -> Rope:
-        if isinstance(place, tuple):
-            return place
-        return self._decoder.rope(torch.full((3, 1, 1), place, dtype=torch.long), dtype)
+    def _send(self, position: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the next step reads from the host, on its way to the device."""
+        if self._inputs is None:
+            turn = (1, 1, 1, self._decoder.config.head_dim)
+            parts = {"cos": (turn, dtype), "sin": (turn, dtype), "place": ((1,), torch.int64)}
+            self._inputs = StepInputs(self._context.device, parts)
+            # Where the host is the device, what is made ahead counts.
+            ahead = 1 if self._context.device.type == "cpu" else TABLES_AHEAD
+            self._turns = Turns(self._decoder, dtype, ahead)
+        host = self._inputs.fill()
+        for name, table in zip(("cos", "sin"), self._turns.at(position), strict=True):
+            host[name].copy_(table)
+        host["place"].fill_(self.filled)
+        self._inputs.send()
+        return self._inputs.there
+
+    def _show(self, place: Tensor) -> None:
+        """Have attention see the token that comes, at `place` on the device."""
+        cache, span = self._cache, span_of(self.filled + 1, self._cache.max_tokens)
+        if cache.bias is None or len(cache.bias) != span:
+            cache.follow(place, span, self.filled)
+        assert cache.bias is not None
+        cache.bias.index_fill_(0, place, 0)
+
+    def _replayed(self, x: Tensor, rope: Rope) -> Tensor:
+        if self._graph is None:
+            config = self._decoder.config
+            kernels = kernels_of(self._context.device.type)
+            work = layer_bytes(config, 1, self._cache.max_tokens, x.itemsize, kernels)
+            self._graph = StepGraph(self._context, self._part, config.num_hidden_layers, work)
+            self._x = torch.empty_like(x)
+        self._x.copy_(x)
+        assert self._cache.bias is not None
+        return self._graph.run(lambda: self._whole(self._x, rope), len(self._cache.bias))
+
+    def _whole(self, x: Tensor, rope: Rope) -> Tensor:
+        hidden: Tensor = self._decoder(x, rope, self._cache, self.filled)
+        return hidden[:, -1]
+
+    def _layer_by_layer(self, x: Tensor, rope: Rope) -> Tensor:
+        for index in range(len(self._decoder.layers)):
+            with self._layer(index, self.filled) as layer:
+                x = layer(x, rope, self._cache, self.filled)
+        last: Tensor = self._decoder.norm(x)[:, -1]
+        return last
 
     @property
     def _streams(self) -> bool:
@@ -100,6 +151,8 @@ class DecoderPasses:
 
     def _again(self) -> None:
         """What was under way when memory ran out is of no use."""
+        if self._graph is not None:
+            self._graph.forget()
         self._cache.restart()
         self._context.stream(self._part).restart()
 

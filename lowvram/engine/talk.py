@@ -14,7 +14,7 @@ from lowvram.config import TalkerConfig
 from lowvram.engine.context import Context
 from lowvram.engine.encode import embed_tokens
 from lowvram.engine.host_kv import HostKVCache
-from lowvram.engine.inputs import Parts, Readback, StepInputs, Turns
+from lowvram.engine.inputs import Parts, Readback, StepInputs
 from lowvram.engine.passes import DecoderPasses, Feed
 from lowvram.engine.sampling import Sampler
 from lowvram.models.kv_cache import KVCache
@@ -92,7 +92,7 @@ class TalkLoop:
         ).split(1)
         self._reply_over = False
         self._passes = DecoderPasses(context, PART, talker.model, cache, chunk)
-        self._turns = Turns(talker.model, context.dtype, int(positions.max()) + 3)
+        self._next_position = int(positions.max()) + 3
         self._inputs: StepInputs | None = None
         self._code: Tensor | None = None  # the one drawn last, int64 [1] on the device
         self._readback = Readback(context.device)
@@ -106,7 +106,7 @@ class TalkLoop:
         """Run the prompt, the voice and the first reply state [1, E], and draw the first code."""
         assert self._prompt is not None
         tail = torch.cat([self._voice, first.to(self._voice)])
-        place = np.arange(self._turns.start - 2, self._turns.start)
+        place = np.arange(self._next_position - 2, self._next_position)
         positions = np.concatenate([self._positions, np.tile(place, (3, 1))], axis=1)
         feed = self._feed(self._prompt, tail)
         with self._context.phase("talk"):
@@ -133,10 +133,9 @@ class TalkLoop:
             talker, inputs, text = self._talker, self._inputs, self._text(reply)
             with self._context.phase("talk", stepwise=True):
                 self._send(inputs, text)
-                there = inputs.there
-                x = talker.project(talker.embed(self._code[None]) + there["text"])
-                rope = there["cos"], there["sin"]
-                self._draw(talker.logits(self._passes.step(x, rope)), inputs)
+                x = talker.project(talker.embed(self._code[None]) + inputs.there["text"])
+                self._draw(talker.logits(self._passes.step(x, self._next_position)), inputs)
+            self._next_position += 1
         return self._told()
 
     def drain(self) -> Sequence[int]:
@@ -149,20 +148,15 @@ class TalkLoop:
         return ready
 
     def _parts(self, logits: Tensor) -> Parts:
-        config, dtype = self._config, self._context.dtype
-        turn = (1, 1, 1, config.decoder.head_dim)
+        clocks = logits.shape[1:] if self._sampler.random else (0,)
         return {
-            "text": ((1, 1, config.embedding_size), dtype),
-            "cos": (turn, dtype),
-            "sin": (turn, dtype),
-            "noise": (logits.shape[1:] if self._sampler.random else (0,), torch.float32),
+            "text": ((1, 1, self._config.embedding_size), self._context.dtype),
+            "noise": (clocks, torch.float32),
         }
 
     def _send(self, inputs: StepInputs, text: Tensor) -> None:
         """Have the next step's inputs on their way; `text` [1, E] stands beside the code."""
         host = inputs.fill()
-        for name, table in zip(("cos", "sin"), self._turns.next(), strict=True):
-            host[name].copy_(table)
         self._add_noise(host)
         at_home = text.device == self._context.host
         if at_home:

@@ -27,7 +27,13 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads.
 
@@ -37,6 +43,7 @@ def attention(
         causal: the last query sees every key, the one before it all but the last, and so on
             (aligned lower-right); needs Tk >= Tq.
         scale: of the scores; D ** -0.5 by default.
+        bias: fp32 [Tk], added to the scores of a single row, and then all that hides keys.
 
     Returns:
         [B, Hq, Tq, D] in the type of `q`; accumulated in fp32. On `meta` only this is allocated.
@@ -54,10 +61,14 @@ def attention(
         )
     if q.device.type == "meta":
         return torch.empty_like(q)
+    if bias is not None and rows != 1:
+        raise ValueError(f"a bias for {rows} rows; wanted one row")
     scale = width**-0.5 if scale is None else scale
     if not causal or rows == 1:
         # Without a mask, the query heads that read one key head can pass as rows of one head.
         folded = q.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+        if bias is not None:
+            return _biased(folded, k, v, scale, bias).reshape(q.shape)
         return _unmasked(folded, k, v, scale).reshape(q.shape)
     if q.device.type == "cpu":
         return _causal_cpu(q, k, v, scale)
@@ -78,6 +89,20 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if fused:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return blockwise(q, k, v, causal=False, scale=scale)
+
+
+def _biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
+    """Every row sees every key but for the bias; equal numbers of heads. Plain products: no fused
+    kernel takes a bias and reads few rows' keys on all processors. Only scores are held whole."""
+    batch, heads = q.shape[:2]
+    queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
+    turned = keys.transpose(1, 2)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        scores = torch.bmm(queries, turned, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(queries.float(), turned.float())
+    weights = scores.mul_(scale).add_(bias).softmax(-1).to(q.dtype)
+    return torch.bmm(weights, values).unflatten(0, (batch, heads))
 
 
 def _causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

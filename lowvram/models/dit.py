@@ -260,9 +260,11 @@ class DiT(nn.Module):
     `speaker` (once per voice) and `condition` (once per piece of codes).
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` is that of the layers' linears and of what passes between them. What is done
+        once, the way in and out, guidance and the flow's states stay in fp32."""
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         _check(config)
         self.time_embed = TimeEmbedding(config.hidden_size)
         self.text_embed = CodeEmbedding(config)
@@ -270,6 +272,11 @@ class DiT(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             Block(config, i) for i in range(config.num_hidden_layers)
         )
+        for module in self.transformer_blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+                # For the loader, see `Part`.
+                module.__dict__["stored_dtypes"] = {"weight": dtype, "bias": dtype}
         self.norm_out = Modulation(config.hidden_size, 2)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
 
@@ -339,9 +346,10 @@ class DiT(nn.Module):
         and `held` one `Held` for each that looks ahead, if it is to wait for what follows. Then
         the velocity is that of other frames: those that the last of them lets through.
         """
-        x = self._input(mel, condition)
+        x = self._input(mel, condition).to(self.dtype)
+        layers = modulation[:-2].to(self.dtype).split(SHIFTS_PER_LAYER)
         neighbours, waiting = iter(past), iter(held)
-        for block, rows in zip(self._blocks, modulation[:-2].split(SHIFTS_PER_LAYER), strict=True):
+        for block, rows in zip(self._blocks, layers, strict=True):
             before = next(neighbours, None) if block.attn.look_back else None
             frames = None
             if held and block.attn.look_ahead:
@@ -354,7 +362,8 @@ class DiT(nn.Module):
         if not x.shape[1]:
             return mel[:0]
         scale, shift = modulation[-2:].unbind(0)
-        conditioned, unconditioned = self.proj_out(_modulated(x, scale, shift)).unbind(0)
+        last = _modulated(x.to(modulation), scale, shift)
+        conditioned, unconditioned = self.proj_out(last).unbind(0)
         return conditioned + (conditioned - unconditioned) * GUIDANCE
 
     def _input(self, mel: Tensor, condition: Condition) -> Tensor:

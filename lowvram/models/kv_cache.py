@@ -31,6 +31,9 @@ class KVCache:
         )
         # Views made once: a step of decoding asks for every layer's.
         self._views = [layer.unbind(0) for layer in self.data.unbind(0)]
+        self._place: Tensor | None = None
+        self.bias: Tensor | None = None
+        """Added to the scores of what `write` returns, where `follow` was called; else None."""
 
     @staticmethod
     def bytes_for(
@@ -65,6 +68,8 @@ class KVCache:
         Raises:
             ValueError: the cache is shorter than that.
         """
+        if self._place is not None and self.bias is not None:
+            return self._write_one(index, self._place, len(self.bias), keys, values)
         end = start + keys.shape[2]
         if end > self.max_tokens:
             raise ValueError(f"{end} tokens in a KV cache made for {self.max_tokens}")
@@ -72,6 +77,29 @@ class KVCache:
         all_keys[:, :, start:end].copy_(keys)
         all_values[:, :, start:end].copy_(values)
         return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def follow(self, place: Tensor, span: int, filled: int) -> None:
+        """From now on tokens come one by one, each to `place` (int64 [1], on the device), and
+        `write` returns `span` keys and values. `bias`, fp32 [span], hides those that are not
+        written: 0 for the first `filled`, to be set to 0 for each token that comes.
+
+        So every token does the same to the same memory, and it can be recorded.
+        """
+        if span > self.max_tokens:
+            raise ValueError(f"{span} tokens in a KV cache made for {self.max_tokens}")
+        # Hidden values are multiplied by 0, which needs numbers.
+        self.data[..., filled:span, :].zero_()
+        bias = torch.full((span,), -torch.inf, device=self.data.device)
+        bias[:filled] = 0
+        self._place, self.bias = place, bias
+
+    def _write_one(
+        self, index: int, place: Tensor, span: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = self.layer(index)
+        all_keys.index_copy_(2, place, keys)
+        all_values.index_copy_(2, place, values)
+        return all_keys[:, :, :span], all_values[:, :, :span]
 
     def at(self, index: int, start: int) -> AbstractContextManager[None]:
         """Entered around the work on one layer, of which the first `start` rows are needed: here
@@ -85,4 +113,5 @@ class KVCache:
         """Give the memory back, whoever still holds the cache; nothing can be written after."""
         self.data = self.data.new_empty(0)
         self._views = []
+        self._place = self.bias = None
         self.max_tokens = 0

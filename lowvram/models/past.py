@@ -70,12 +70,14 @@ class Past:
     With the published shapes and nine evaluations 7.1 MB in fp32, whatever the speech's length.
     """
 
-    def __init__(self, config: DiTConfig, evaluations: int, like: Tensor) -> None:
+    def __init__(
+        self, config: DiTConfig, evaluations: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         layers = len(config.look_backward_layers)
         self._block = config.block_size
         block = (2, BRANCHES, config.block_size, config.num_attention_heads, config.head_dim)
         self._shape = (evaluations, layers, *block)
-        self._like = like
+        self._device, self._dtype = device, dtype
         self._kept: Tensor | None = None
         self._there = False
 
@@ -92,13 +94,13 @@ class Past:
         if self._kept is None:
             if final is None:
                 return []
-            self._kept = self._like.new_empty(self._shape)
+            self._kept = torch.empty(self._shape, device=self._device, dtype=self._dtype)
         return [Neighbour(kept, self._there, final) for kept in self._kept[evaluation]]
 
     def neighbour(self, evaluation: int, layer: int, there: bool, final: int | None) -> Neighbour:
         """Of one of the layers that look back, counted among these."""
         if self._kept is None:
-            self._kept = self._like.new_empty(self._shape)
+            self._kept = torch.empty(self._shape, device=self._device, dtype=self._dtype)
         return Neighbour(self._kept[evaluation, layer], there, final)
 
     def advance(self) -> None:

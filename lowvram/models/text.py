@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         q, k, v = self._project(x, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         keys, values = cache.write(index, start, k, v)
-        mixed = attention(q, keys, values, causal=True)
+        mixed = attention(q, keys, values, causal=True, bias=cache.bias)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 

@@ -43,12 +43,18 @@ class Utterance:
 class Token2Wav(nn.Module):
     """The DiT, which makes mel frames from codes and noise, and the vocoder after it."""
 
-    def __init__(self, config: OmniConfig) -> None:
+    def __init__(self, config: OmniConfig, dit_dtype: torch.dtype = torch.float32) -> None:
+        """`dit_dtype` is that of the DiT's layers; everything else is fp32.
+
+        Against fp32 throughout, `bfloat16` moves mel frames by an rms of 2e-3 (pocket) to 1e-2
+        (random networks with strong attention) of their standard deviation, `float16` by 3e-4 to
+        1e-3: `benchmarks/vocoder16.py`.
+        """
         super().__init__()
         dit, bigvgan = config.dit, config.bigvgan
         if dit is None or bigvgan is None:
             raise CheckpointError("the checkpoint has no speech: use one with talker and token2wav")
-        self.code2wav_dit_model = DiT(dit)
+        self.code2wav_dit_model = DiT(dit, dit_dtype)
         self.code2wav_bigvgan_model = BigVGAN(bigvgan)
         self.repeats = dit.repeats
         self.codec_rows = dit.num_embeds + 1
@@ -81,7 +87,7 @@ class Token2Wav(nn.Module):
         """What the pieces of one utterance hand on to each other; empty, for its first."""
         dit = self.code2wav_dit_model
         calls = (len(utterance.grid) - 1) * EVALUATIONS_PER_STEP[utterance.solver]
-        return Past(dit.config, calls, dit.proj_out.weight)
+        return Past(dit.config, calls, dit.proj_out.weight.device, dit.dtype)
 
     def wavefront(self, utterance: Utterance) -> Wavefront:
         """Makes an utterance's mel exactly, in pieces; its beginning."""

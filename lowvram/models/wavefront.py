@@ -42,16 +42,18 @@ class Wavefront:
         self, dit: DiT, speaker: Speaker, modulation: Tensor, grid: Tensor, solver: Solver
     ) -> None:
         """`modulation` is [times, rows, hidden] for the `field_times` of grid and solver."""
-        config, weight = dit.config, dit.proj_out.weight
+        config, device = dit.config, dit.proj_out.weight.device
         self._dit, self._speaker, self._modulation = dit, speaker, modulation
-        self._flow = Flow(torch.empty(0, config.mel_dim, device=weight.device), grid, solver)
-        self._past = Past(config, self._flow.evaluations, weight)
-        self._kept = weight.new_empty(
+        self._flow = Flow(torch.empty(0, config.mel_dim, device=device), grid, solver)
+        self._past = Past(config, self._flow.evaluations, device, dit.dtype)
+        self._kept = torch.empty(
             self._flow.evaluations,
             len(config.look_ahead_layers),
             BRANCHES,
             config.block_size,
             config.hidden_size,
+            device=device,
+            dtype=dit.dtype,
         )
         self._codes: list[int] = []  # of the frames in `_flow`
         self._first = 0  # of them

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lowvram.engine.spans import LONGEST
+
 QUERY_BLOCK, KEY_BLOCK, LONGEST_KEY_BLOCK = 256, 512, 8192
 """Rows and keys of the block-wise attention, as in `models/attention.py`."""
 
@@ -45,7 +47,9 @@ class Kernels:
         if self.attention == "fused":
             return out
         if self.attention == "grouped":
-            return 2 * out + rows * heads * FLOAT
+            # A single row may read its whole span of keys, with its scores and their softmax.
+            row = heads * LONGEST * (2 * FLOAT + itemsize) if rows == 1 and keys <= LONGEST else 0
+            return 2 * out + rows * heads * FLOAT + row
         if self.attention == "halves":
             # The last block of the triangle, with its mask, is there while the halves are joined.
             block = min(rows, CAUSAL_ROWS)

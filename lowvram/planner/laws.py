@@ -8,11 +8,17 @@ All functions return bytes; `itemsize` is that of the activations. No torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowvram.config import AudioConfig, DecoderConfig, TalkerConfig, VisionConfig
 from lowvram.planner.kernels import FLOAT, Kernels
 
 CHUNKS = (512, 256, 128, 64)
 """Prompt tokens that may go through a layer at once."""
+
+CODE_DRAWING = 27
+"""Bytes for each codec token that the Talker's loop keeps to draw the next one: see `_Buffers` of
+`engine/sampling.py`, and the noise."""
 
 SMALL = 2 * 1024
 """Vectors and scalars that no law counts, at most."""
@@ -179,5 +185,8 @@ def talk_bytes(
     before = rows * narrow if tokens > chunk else 0
     entry = before + rows * max(2 * wide, wide + narrow) + 4 * wide + SMALL
     prefill = prefill_bytes(config.decoder, tokens, itemsize, chunk, kernels, by_layers=by_layers)
-    step = decode_bytes(config.decoder, tokens, itemsize, kernels, by_layers=by_layers)
+    # Codes are drawn where the logits are, in buffers that stay.
+    kept = replace(kernels, sampling=0)
+    step = decode_bytes(config.decoder, tokens, itemsize, kept, by_layers=by_layers)
+    step += CODE_DRAWING * config.decoder.vocab_size + 3 * wide + narrow
     return max(entry, prefill, step)

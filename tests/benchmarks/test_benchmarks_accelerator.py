@@ -18,6 +18,7 @@ from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 GIB = 1 << 30
 SMALL = ["--model", "pocket", "--seconds", "1", "--max-tokens", "3", "--max-speech", "0.2"]
+SMALL += ["--product-seconds", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,32 @@ def result(path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_products(rows: list[dict[str, Any]], kernel: str) -> None:
+    """A rate, two phases of four linears, and the head."""
+    rate, *linears, head = rows
+    assert rate["copy_bytes_per_s"] > 0
+    assert [row["phase"] for row in linears] == ["decode", "prefill"] * 4
+    assert [row["rows"] for row in linears] == [1, 2048] * 4
+    for row in linears:
+        assert row["seconds"][kernel] > 0 and row["seconds"]["reference"] > 0
+        seconds = row.get("bound_s") or row["dense_s"]
+        beside = row.get("of_bound") or row["of_dense"]
+        assert beside[kernel] == pytest.approx(seconds / row["seconds"][kernel])
+    assert head["linear"] == "lm_head" and set(head["seconds"]) == {"16 bits", "8 bits"}
+
+
+def test_products_on_meta_take_nothing() -> None:
+    from accelerator_kernels import kernels
+
+    rows = list(kernels("pocket", "meta", 0.0))
+    check_products(rows, "reference")
+
+
 def test_on_the_cpu(tmp_path: Path) -> None:
     code, told = result(tmp_path / "new" / "a.json", "--device", "cpu", "--budget", "1GiB", "1MiB")
     assert code == 0
     assert told["copies"]["streamed_bytes_per_s"] > 0 < told["copies"]["plain_copy_bytes_per_s"]
+    check_products(told["products"], "cpu")
     answered, refused = told["requests"]
     assert answered["prompt_tokens"] == 781
     assert answered["reply_tokens"] == 3

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
-from replies import open_model, same_reply
+from replies import held, open_model, same_reply
 
 from lowvram import Finished, LowVRAMOmni, Result
 from lowvram.pocket import make_checkpoint
@@ -38,7 +38,7 @@ def wanted(omni: LowVRAMOmni) -> Result:
 
 
 def books(omni: LowVRAMOmni) -> tuple[Any, ...]:
-    return omni.resident, omni._meter.held()
+    return omni.resident, held(omni)
 
 
 def leave(omni: LowVRAMOmni, way: str, after: int) -> None:

@@ -62,7 +62,8 @@ def test_a_step_waits_for_the_device_once(folder: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(AcceleratorDevice, "synchronize", lambda device: None)
         waits = spied(monkeypatch, TalkLoop, "step", sim.waits)
         reply(folder, "npu")
-        assert waits == [1] * (CODES - 1)
+        # Of the first code the host may have heard before.
+        assert waits[0] <= 1 and waits[1:] == [1] * (CODES - 2)
         assert sim.races() == []
 
     inside()
@@ -104,9 +105,9 @@ class Script:
                 self.drawn += 1
             return token
 
-        def counted(passes: DecoderPasses, x: Tensor, place: Any) -> Tensor:
-            self.steps += isinstance(place, tuple)
-            return step(passes, x, place)
+        def counted(passes: DecoderPasses, x: Tensor, position: int) -> Tensor:
+            self.steps += passes._part == "talker"
+            return step(passes, x, position)
 
         monkeypatch.setattr(Sampler, "draw", told)
         monkeypatch.setattr(DecoderPasses, "step", counted)
@@ -129,9 +130,9 @@ def test_codes_stop_where_the_reply_does(
 
     @simulated
     def inside() -> None:
-        # Its host hears of a code while the next one is made: it may be one step too far.
+        # Its host hears of a code while the next one is made, and may be one step too far.
         assert reply(folder, "npu", codes).codes == wanted
-        assert told.steps == passes + (END in script)
+        assert told.steps - passes in ({0, 1} if END in script else {0})
         assert sim.races() == []
 
     inside()
@@ -163,8 +164,8 @@ def test_rotary_tables_come_in_order_over_the_edges_of_blocks() -> None:
     config = OmniConfig.from_dict(pocket_config()).talker
     assert config is not None
     decoder: Decoder = Talker(config).model
-    turns = Turns(decoder, torch.float32, 11)
-    found = [turns.next() for _ in range(150)]
+    turns = Turns(decoder, torch.float32, 64)
+    found = [turns.at(position) for position in range(11, 161)]
     places = torch.arange(11, 161).expand(3, 1, -1)
     for kind, table in enumerate(decoder.tables(places, torch.float32)):
         assert torch.equal(torch.cat([turn[kind] for turn in found], 1), table)

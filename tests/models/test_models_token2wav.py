@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_speech import (
     drawing,
+    speech_config,
     tiny_codes,
     tiny_noise,
     tiny_token2wav,
@@ -119,3 +120,29 @@ def test_weights_can_leave_and_come_back() -> None:
 def test_a_checkpoint_without_speech_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no speech"):
         Token2Wav(OmniConfig())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("bfloat16", 1e-4, 2e-2), ("float16", 1e-5, 2e-3)]
+)
+def test_layers_in_16_bits_are_close(dtype: str, least: float, most: float) -> None:
+    """Weights and what passes between layers; the state and what is done once stay in fp32."""
+    full, voice, codes, noise = tiny_token2wav(3), tiny_voice(), tiny_codes(60), tiny_noise(60)
+    kind = getattr(torch, dtype)
+    half = Token2Wav(OmniConfig.from_dict(speech_config()), kind)
+    half.load_state_dict(full.state_dict())
+    kinds = {name: p.dtype for name, p in half.named_parameters()}
+    inside = {n for n, d in kinds.items() if d == kind}
+    assert len(inside) == 4 * 2 * 6 and all("transformer_blocks" in name for name in inside)
+    utterance = half.prepare(voice)
+    assert utterance.modulation.dtype == utterance.speaker.conditioned.dtype == torch.float32
+    wanted = full.mel(full.prepare(voice), codes, noise)
+    mel = half.mel(utterance, codes, noise)
+    assert mel.dtype == torch.float32
+    assert least < (mel - wanted).square().mean().sqrt() / wanted.std() < most
+    with torch.inference_mode():
+        front, parts = half.wavefront(utterance), []
+        for start in range(0, 24 * 8, 24):
+            new = slice(start, min(start + 24, 60))
+            parts.append(front.advance(codes[new], noise[2 * start : 2 * start + 48], 2).clone())
+    assert (torch.cat(parts) - mel).abs().max() < 5 * most * mel.std()

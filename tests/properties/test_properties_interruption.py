@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replies import open_model, same_reply
+from replies import held, open_model, same_reply
 
 from lowvram import LowVRAMOmni, Result
 from lowvram.models.audio import AudioLayer
@@ -75,5 +75,5 @@ def test_an_interruption_leaves_nothing(
         patched.setattr(kind, method, interrupted)
         with pytest.raises(KeyboardInterrupt):
             omni.generate(ASKED, **SHORT)
-    assert omni.resident == () and omni._meter.held() == {}
+    assert omni.resident == () and held(omni) == {}
     assert same_reply(omni.generate(ASKED, **SHORT), wanted)

@@ -1,0 +1,236 @@
+"""Recorded decode steps: replayed on other inputs they are the steps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simdevice as sim
+import torch
+from recorder import TapeRecorder
+from simdevice import simulated
+from torch import Tensor
+
+from lowvram import LowVRAMOmni, Result
+from lowvram.engine import graph, passes, spans
+from lowvram.engine.passes import DecoderPasses
+from lowvram.engine.spans import graph_bytes, span_of
+from lowvram.offload import Placement
+from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
+from lowvram.pocket import make_checkpoint
+
+WORDS = [{"role": "user", "content": "Say something."}]
+TOKENS, CODES = 4, 24
+SHORT: dict[str, Any] = {"max_new_tokens": TOKENS, "max_speech_seconds": CODES / 50}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "pocket", seed=6, dtype="float32")
+
+
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps compute in one place on every device, and spans grow often."""
+    monkeypatch.setattr(spans, "SPAN", 16)
+    monkeypatch.setattr(passes, "in_place", lambda device, max_tokens: True)
+
+
+States = list[tuple[str, Tensor]]
+
+
+def watch_states(patch: pytest.MonkeyPatch) -> States:
+    """The part and the last hidden state of every step."""
+    step, seen = DecoderPasses.step, []
+
+    def watched(self: DecoderPasses, x: Tensor, position: int) -> Tensor:
+        state = step(self, x, position)
+        seen.append((self._part, state.clone()))
+        return state
+
+    patch.setattr(DecoderPasses, "step", watched)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> tuple[Result, States]:
+    """The reply of steps that compute in one place and are launched one by one; their states."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spans, "SPAN", 16)
+        patch.setattr(passes, "in_place", lambda device, max_tokens: True)
+        states = watch_states(patch)
+        found = reply(folder)
+    assert len(found.codes) == CODES
+    return found, states
+
+
+def recording(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> Any:
+    monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
+    return recorder
+
+
+def reply(folder: Path, device: str = "cpu", dtype: str = "bfloat16", **options: Any) -> Result:
+    with LowVRAMOmni.from_pretrained(folder, device=device, dtype=dtype, **options) as omni:
+        return omni.generate(WORDS, **SHORT)
+
+
+def check_same(one: Result, other: Result) -> None:
+    assert one.tokens == other.tokens
+    assert one.codes == other.codes
+    np.testing.assert_array_equal(one.audio, other.audio)
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_replayed_steps_are_those_that_are_launched_one_by_one(
+    folder: Path, launched: tuple[Result, States], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = recording(monkeypatch, TapeRecorder())
+    states = watch_states(monkeypatch)
+    check_same(reply(folder), launched[0])
+    for (part, state), (same_part, wanted) in zip(states, launched[1], strict=True):
+        assert part == same_part
+        assert torch.equal(state, wanted)
+    # Every step of both decoders, in a few recordings each.
+    assert sum(recorder.replays) == TOKENS - 1 + CODES - 1
+    assert len(recorder.replays) >= 3
+    assert max(recorder.replays) > 1
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_computing_in_one_place_changes_only_rounding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = reply(folder, dtype="float32")
+    monkeypatch.undo()
+    plain = reply(folder, dtype="float32")
+    assert placed.tokens == plain.tokens
+    assert placed.codes == plain.codes
+
+
+def replanned(omni: LowVRAMOmni, **fields: Any) -> Result:
+    """The reply of a plan with these fields replaced."""
+    plan = omni._plan
+    omni._plan = lambda *of: replace(plan(*of), **fields)  # type: ignore[method-assign]
+    return omni.generate(WORDS, **SHORT)
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_streamed_layers_step_as_resident_ones_do(
+    folder: Path, launched: tuple[Result, States], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = watch_states(monkeypatch)
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
+        placements = {}
+        for part in ("text", "talker"):
+            sizes = omni._loader.unit_bytes(part)
+            placements[part] = Placement(
+                streamed=tuple(range(len(sizes))), slabs=2, slab_bytes=max(sizes), source="file"
+            )
+        check_same(replanned(omni, placements=placements), launched[0])
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(states, launched[1], strict=True))
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_keys_and_values_that_wait_on_the_host_step_as_others_do(folder: Path) -> None:
+    @simulated
+    def inside() -> None:
+        sim.configure(limit=8 << 30, context=FALLBACK_CONTEXT_BYTES)
+        wanted = reply(folder, "npu")
+        with LowVRAMOmni.from_pretrained(folder, device="npu", dtype="bfloat16") as omni:
+            check_same(replanned(omni, kv={"thinker": "host", "talker": "host"}), wanted)
+        assert sim.races() == []
+
+    inside()
+
+
+class Failing:
+    """A recorder that cannot."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def record(self, body: Callable[[], Tensor]) -> Any:
+        body()
+        raise self.error
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (RuntimeError("operation not permitted when stream is capturing"), "not permitted when"),
+    ],
+    ids=["memory", "operation"],
+)
+def test_what_cannot_be_recorded_is_launched_and_told(
+    error: Exception,
+    reason: str,
+    folder: Path,
+    launched: tuple[Result, States],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recording(monkeypatch, Failing(error))
+    found = reply(folder)
+    check_same(found, launched[0])
+    told = [note for note in found.report.notes if "launched one by one" in note]
+    assert [note.split(":")[0] for note in told] == ["text", "talker"]
+    assert all(reason in note for note in told)
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_a_recording_has_room_in_the_budget_or_is_not_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
+        peak = omni.plan(WORDS, **SHORT).predicted_peak_bytes
+    recorder = recording(monkeypatch, TapeRecorder())
+    found = reply(folder, max_memory=peak + (80 << 20))  # the guard, and less than a recording's
+    assert recorder.replays == []
+    assert any("the plan leaves" in note for note in found.report.notes)
+
+
+def test_spans_hold_the_token_that_comes_and_end_with_the_cache() -> None:
+    for most in (1, 1000, 1024, 5000):
+        for tokens in range(1, most + 1):
+            span = span_of(tokens, most)
+            assert tokens <= span <= most
+            assert span == most or (span % 1024 == 0 and span - tokens < 1024)
+
+
+def test_the_share_of_a_recording_grows_with_the_model() -> None:
+    sizes = [graph_bytes(layers, step) for layers, step in ((2, 0), (24, 1 << 20), (28, 5 << 20))]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 32 << 20
+    assert sizes[-1] < 64 << 20
+
+
+def test_no_device_but_cuda_computes_in_one_place(folder: Path) -> None:
+    for name in ("cpu", "meta"):
+        with LowVRAMOmni.from_pretrained(folder, device=name) as omni:
+            assert not graph.in_place(omni._device, 10)
+            assert graph.recorder_for(omni._device) is None
+
+
+def test_each_step_sees_a_span_that_grows_with_what_is_filled(
+    folder: Path, short_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {"text": [], "talker": []}
+    step = DecoderPasses.step
+
+    def watched(self: DecoderPasses, x: Tensor, position: int) -> Tensor:
+        result = step(self, x, position)
+        bias = self._cache.bias
+        assert bias is not None
+        seen[self._part].append((self.filled, int(bias.isfinite().sum())))
+        assert len(bias) == span_of(self.filled, self._cache.max_tokens)
+        return result
+
+    monkeypatch.setattr(DecoderPasses, "step", watched)
+    reply(folder)
+    for steps in seen.values():
+        assert steps and all(filled == shown for filled, shown in steps)
