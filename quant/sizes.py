@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from . import chips
 from .native import not_offered
 from .triton import not_offered as triton_not_offered
+from .triton import too_old
 
 KernelName = Literal["reference", "cpu", "native", "tinygemm", "ascend", "triton"]
 Asked = Literal["auto", "reference"]
@@ -87,14 +88,14 @@ def _on_npu(dtype: str) -> KernelChoice:
 
 
 def _on_cuda(dtype: str) -> KernelChoice:
-    refused = triton_not_offered()
+    refused = triton_not_offered(dtype)
     if refused is None:
         reason = "own kernels to decode, cuBLAS to prefill, layers that stream too"
         return KernelChoice("triton", f"{dtype} on CUDA: {reason}")
     reason = f"own kernels are not used: {refused}"
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and too_old() is None:
         return KernelChoice("tinygemm", f"{reason}; tinygemm to decode, cuBLAS to prefill")
-    return KernelChoice("reference", f"{reason}; torch has no 4-bit product in {dtype}")
+    return KernelChoice("reference", f"{reason}; nor has torch a product in {dtype}")
 
 
 def linear_bytes(inputs: int, outputs: int, group: int, kernel: KernelName = "reference") -> int:

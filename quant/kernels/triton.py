@@ -18,14 +18,11 @@ from torch import Tensor
 from ..phase import Phase
 from ..scratch import Scratch
 from ..sizes import PIECE_WEIGHTS
-from ..triton import not_offered
+from ..triton import lacking, too_old
 from . import Problem, reference
 from .pieces import by_pieces, piece_columns
 
 JOINS = {"qweight": 1, "qzeros": 1, "scales": 1}
-
-CAPABILITY = (8, 0)
-"""The oldest GPUs that Triton and its products in bfloat16 are made for."""
 
 GROUPS = (32, 64, 128)
 DOT_ROWS = 64
@@ -46,15 +43,19 @@ def refusal(problem: Problem) -> str | None:
 
 def unusable(dtype: torch.dtype) -> str | None:
     """Why the kernels cannot be used on this machine's device; None if they can."""
-    refused = not_offered()
+    refused = lacking()
     if refused is not None:
         return refused
     if not torch.cuda.is_available():
         return "CUDA cannot be used on this machine"
-    capability = torch.cuda.get_device_capability()
-    if capability < CAPABILITY:
-        return "it needs compute capability 8.0, not {}.{}".format(*capability)
-    return _failed(dtype, torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.init()
+    return too_old() or small_trial(str(dtype).removeprefix("torch."))
+
+
+def small_trial(dtype: str) -> str | None:
+    """What was wrong with a small product on the device that is open, tried once for a type of
+    activations; None if it came out right."""
+    return _failed(getattr(torch, dtype), torch.device("cuda", torch.cuda.current_device()))
 
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict[str, Tensor]:
@@ -105,8 +106,8 @@ def gated(
 
 @cache
 def _failed(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What was wrong with a small product on the device, tried once: a compiler that does not
-    start, a driver that does not know what it made, a result that is none."""
+    """A compiler that does not start, a driver that does not know what it made, a result that is
+    none."""
     inputs, outputs, group = 256, 64, 32
     random = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**31), 2**31, (inputs, outputs // 8), generator=random)

@@ -6,6 +6,6 @@ planner, `products` and the modules that it launches serve a device.
 
 from __future__ import annotations
 
-from .offered import not_offered
+from .offered import lacking, not_offered, too_old
 
-__all__ = ["not_offered"]
+__all__ = ["lacking", "not_offered", "too_old"]

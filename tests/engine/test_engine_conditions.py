@@ -146,3 +146,10 @@ def test_wild_replies_are_whole_characters(omni: LowVRAMOmni) -> None:
         assert len(set(result.tokens)) > 10 and len(result.codes) == 5
         assert result.text == omni.checkpoint.tokenizer().decode(result.tokens)
         result.text.encode()
+
+
+@pytest.mark.parametrize("text", ["emoji", "long"])
+def test_every_given_text_is_spoken_as_it_is(omni: LowVRAMOmni, text: str) -> None:
+    given = TEXTS[text][:80]
+    result = replied(omni, say=given, max_speech_seconds=0.1)
+    assert result.text == given and len(result.codes) == 5

@@ -15,7 +15,7 @@ from lowvram.quant import QuantLinear, linear_bytes, loading_bytes, preferred_ke
 from lowvram.quant.kernels import Problem, reference, select, triton
 from lowvram.quant.kernels.pieces import piece_columns
 from lowvram.quant.sizes import PIECE_WEIGHTS
-from lowvram.quant.triton import not_offered, offered, tuning
+from lowvram.quant.triton import lacking, offered, tuning
 from lowvram.specs import SPECS, Spec
 from lowvram.tensors import thinker_linears
 
@@ -48,11 +48,9 @@ def test_what_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not packed as it reads" in why(torch.float16, 200, 64, 128)
     assert "not packed as it reads" in why(torch.float16, 256, 60, 128)
     assert why() == "CUDA cannot be used on this machine"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert why() == "it needs compute capability 8.0, not 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    opened(monkeypatch, (7, 5))
+    assert why() == "they need compute capability 8.0, not 7.5"
+    opened(monkeypatch, (8, 0))
     triton._failed.cache_clear()
     # What a driver says to a device that is none is one reason among many.
     assert why().startswith("a small product failed: ")
@@ -62,6 +60,31 @@ def test_what_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select(Problem("cuda", torch.bfloat16, 256, 64, 128)).name == "triton"
     monkeypatch.setenv(offered.SWITCH, "0")
     assert why() == "LOWVRAM_TRITON=0"
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As if a GPU was there, and opened in this process."""
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def test_a_device_that_is_open_is_asked_before_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes the place of the kernels may take more memory: a plan has to know."""
+    opened(monkeypatch, (7, 5))
+    for dtype in ("bfloat16", "float16"):
+        chosen = preferred_kernel("cuda", dtype)
+        assert chosen.name == "reference" and "capability 8.0, not 7.5" in chosen.reason
+    opened(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "_failed", lambda dtype, device: f"{dtype} failed")
+    chosen = preferred_kernel("cuda", "bfloat16")
+    assert chosen.name == "tinygemm" and "torch.bfloat16 failed" in chosen.reason
+    chosen = preferred_kernel("cuda", "float16")
+    assert chosen.name == "reference" and "torch.float16 failed" in chosen.reason
+    monkeypatch.setattr(triton, "_failed", lambda dtype, device: None)
+    assert preferred_kernel("cuda", "float16").name == "triton"
 
 
 def test_a_wrong_result_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +107,7 @@ def test_what_a_machine_with_a_driver_lacks(missing: str, monkeypatch: pytest.Mo
         offered.shutil, "which", lambda name: None if missing == "compiler" else name
     )
     said = {"triton": "not installed", "compiler": "no C compiler", "headers": "python3-dev"}
-    assert said[missing] in str(not_offered())
+    assert said[missing] in str(lacking())
     brain, half = (preferred_kernel("cuda", dtype) for dtype in ("bfloat16", "float16"))
     assert brain.name == "tinygemm" and said[missing] in brain.reason
     assert half.name == "reference" and said[missing] in half.reason
@@ -94,7 +117,7 @@ def test_what_a_machine_with_a_driver_lacks(missing: str, monkeypatch: pytest.Mo
 
 def test_this_machine_has_what_triton_builds_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offered, "_driver", lambda: True)
-    assert not_offered() is None
+    assert lacking() is None
 
 
 def test_only_16_bits_are_for_it() -> None:
