@@ -112,16 +112,12 @@ class Bench:
             items[:] = [runner.forward(onward, i, x) for i, x in enumerate(items)]
         return layers
 
-    def _layer(self, method: str, index: int, runner: LayerRunner, items: Items) -> Weights:
+    def _layer(self, method: Any, index: int, runner: LayerRunner, items: Items) -> Weights:
         if method == "16-bit":
             return self.exact(index)
         if method == "autoawq":
             return published_awq(Parts(runner), self.exact(index), items, self.group_size)
-        settings = SearchSettings(
-            group_size=self.group_size,
-            method="rtn" if method == "rtn" else "awq",
-            seed=self.seed,
-        )
+        settings = SearchSettings(group_size=self.group_size, method=method, seed=self.seed)
         layer = (self.model.layer(index), runner.forward, runner.capture, items)
         return dense_layer(quantize_layer(*layer, GEOMETRY, settings).tensors, self.group_size)
 
@@ -157,7 +153,8 @@ METHODS = {
     "16-bit": "16-bit",
     "rtn": "rounded to the nearest (`--method rtn`)",
     "autoawq": "AutoAWQ's algorithm",
-    "ours": "`--method awq`",
+    "awq": "`--method awq`",
+    "awq+gptq": "`--method awq+gptq`",
 }
 
 

@@ -66,7 +66,9 @@ def share() -> int:
     return _status(os.getpid())["VmData"]
 
 
-def work(source: Path, destination: Path, limit: int, memory: int, layers: int) -> None:
+def work(
+    source: Path, destination: Path, method: Any, limit: int, memory: int, layers: int
+) -> None:
     """Quantize the first layers under the limit; prints a JSON line for each and one at the end."""
     started()
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -74,6 +76,7 @@ def work(source: Path, destination: Path, limit: int, memory: int, layers: int) 
 
     calibration = destination.with_suffix(".jsonl")
     settings = QuantizeSettings(
+        method=method,
         calibration=str(calibration),
         samples=len(calibration.read_text(encoding="utf-8").splitlines()),
         seq_len=TOKENS,
@@ -148,6 +151,7 @@ def main() -> int:
     parser.add_argument("destination", type=Path, help="a folder that is made and removed")
     parser.add_argument("--limit", type=float, default=4.0, metavar="GIB", help="(default: 4)")
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--method", default="awq", help="(default: awq)")
     parser.add_argument("--conversations", type=int, default=16, help=f"of {TOKENS} tokens each")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     given = parser.parse_args()
@@ -158,10 +162,11 @@ def main() -> int:
     load = os.getloadavg()[0]
     numbers = [memory + interpreter, memory, given.layers]
     line = [sys.executable, __file__, "--child", "work", str(given.source), str(given.destination)]
-    code, peaks = watched([*line, *map(str, numbers)], log)
+    code, peaks = watched([*line, given.method, *map(str, numbers)], log)
     folder = given.destination.with_name(partial)
     result = {
         "exit_code": code,
+        "method": given.method,
         "limit_bytes": memory + interpreter,
         "interpreter_bytes": interpreter,
         "peak_bytes": peaks,
@@ -187,6 +192,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--child", "share"]:
         print(share())
     elif sys.argv[1:3] == ["--child", "work"]:
-        work(Path(sys.argv[3]), Path(sys.argv[4]), *map(int, sys.argv[5:]))
+        work(Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], *map(int, sys.argv[6:]))
     else:
         sys.exit(main())

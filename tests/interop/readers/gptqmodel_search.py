@@ -1,8 +1,8 @@
 """GPTQModel's own GPTQ on one linear, against the compensation here: the error on unseen tokens.
 
-Both begin with the whole range of each group and know the same tokens. Theirs keeps the order of
-the file, or what it has for that (`act_group_aware`), or orders all inputs (`desc_act`), which an
-AWQ file cannot hold.
+Both begin with the whole range of each group, know the same tokens and damp as they usually do.
+Theirs keeps the order of the file, or what it has for that (`act_group_aware`), or orders all
+inputs (`desc_act`), which an AWQ file cannot hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from findings import found, stand_in
 from torch import Tensor, nn
 
-from lowvram.quant.gptq import DAMPING, Compensation
+from lowvram.quant.gptq import Compensation
 from lowvram.quant.gptq_inputs import Products
 from lowvram.quant.search_grid import full_range
 
@@ -45,7 +45,7 @@ def inputs(seed: int) -> Tensor:
 def theirs(weight: Tensor, x: Tensor, group: int, order: dict[str, bool]) -> Tensor:
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = weight.clone()
-    config = QuantizeConfig(bits=4, group_size=group, sym=False, damp_percent=DAMPING, **order)
+    config = QuantizeConfig(bits=4, group_size=group, sym=False, **order)
     search = GPTQ(linear, config)
     search.quantizer.configure(perchannel=True)
     search.add_batch(x[None], linear(x)[None])
