@@ -21,7 +21,7 @@ REPLY = (
 MEDIA = "--fps --max-frames --min-pixels --max-pixels --no-audio-in-video"
 REQUEST = f"{QUESTION} {PLACE} {REPLY} {MEDIA} --verbose --help"
 FLAGS = {
-    "run": f"{REQUEST} --output --report --play --json --quiet",
+    "run": f"{REQUEST} --output --report --speech-only --play --json --quiet",
     "chat": f"{REQUEST} --output --report --play --quiet",
     "plan": f"{REQUEST} --json --video-seconds --audio-seconds --images --prompt-tokens",
     "doctor": "--model --offline --json --verbose --help",
