@@ -362,6 +362,7 @@ class LowVRAMOmni:
             prompt_tokens=len(run.prompt.ids),
             reply_tokens=len(run.tokens),
             codes=len(run.codes),
+            speech_cut_off=len(run.codes) == run.settings.codes,
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
             head_error=run.head_error,

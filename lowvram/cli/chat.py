@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.output import Console, fail
 from lowvram.cli.play import open_player
-from lowvram.cli.reply import follow
+from lowvram.cli.reply import follow, speech_line
 from lowvram.cli.request import MEDIA, Part, Request, media_part, read_request, text_part
 from lowvram.cli.run import OUTPUT
 from lowvram.cli.wav import open_sink
@@ -146,7 +146,7 @@ class Session:
         events = self._chat.stream(content, **self._options)
         result = follow(events, self._console, sink, player=player)
         if sink is not None:
-            self._console.say(f"speech: {sink.name} ({result.report.audio_seconds:.2f} s)")
+            self._console.say(speech_line(sink, result.report))
         if self._report is not None:
             name = numbered(self._report, self._turns)
             write_report(result.report, name)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from lowvram.cli.output import Console
 from lowvram.cli.play import Player
 from lowvram.cli.wav import Sink
 from lowvram.events import AudioChunk, Event, Finished, Result, TextDelta
+
+if TYPE_CHECKING:
+    from lowvram.report import Report
 
 
 def follow(
@@ -66,6 +70,12 @@ def follow(
         raise
     assert result is not None, "the stream ended without its last event"
     return result
+
+
+def speech_line(sink: Sink, report: Report) -> str:
+    """Where the speech is, how long it is, and whether it had to end."""
+    ended = ", cut off there; see --max-speech" if report.speech_cut_off else ""
+    return f"speech: {sink.name} ({report.audio_seconds:.2f} s{ended})"
 
 
 def _abandon(sink: Sink | None, player: Player | None, *, keep: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.cli.arguments import POCKET
 from lowvram.cli.output import Console, print_json
 from lowvram.cli.play import open_player
-from lowvram.cli.reply import follow
+from lowvram.cli.reply import follow, speech_line
 from lowvram.cli.request import GREETING, Request, read_request
 from lowvram.cli.wav import Sink, open_sink
 from lowvram.errors import DoesNotFitError, UsageError
@@ -46,7 +46,7 @@ def main(args: Namespace, console: Console) -> int:
         write_report(result.report, args.report)
     if args.json:
         print_json(_summary(plan, result, path))
-    _tell(result, path, console)
+    _tell(result, sink, console)
     if args.report:
         console.say(f"report: {args.report}")
     return 0
@@ -90,11 +90,11 @@ def _summary(plan: Any, result: Result | None, path: str | None) -> dict[str, An
     }
 
 
-def _tell(result: Result, path: str | None, console: Console) -> None:
+def _tell(result: Result, sink: Sink | None, console: Console) -> None:
     """The timings, and where the speech is."""
     report = result.report
-    if path is not None:
-        console.say(f"speech: {path} ({report.audio_seconds:.2f} s)")
+    if sink is not None:
+        console.say(speech_line(sink, report))
     marks = {
         "first text": report.first_text_s,
         "first audio": report.first_audio_s,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from lowvram.conversation import PromptShape, check_window
+from lowvram.errors import UsageError
 from lowvram.planner.choices import MODULES
 from lowvram.planner.device import DeviceFacts, DtypeChoice
 from lowvram.planner.kernels import kernels_of
@@ -21,7 +22,7 @@ from lowvram.quant import (
     choose_head,
     preferred_kernel,
 )
-from lowvram.settings import GenerationSettings
+from lowvram.settings import CODES_PER_SECOND, GenerationSettings
 from lowvram.tensors import Part
 
 Kernel = Literal["auto", "reference"]
@@ -62,10 +63,22 @@ class Question:
     def check(self) -> None:
         """
         Raises:
-            UsageError: prompt and reply are beyond the model's window.
+            UsageError: prompt and reply, or prompt and speech, are beyond the model's window.
         """
-        window = self.model.config.thinker.text.max_position_embeddings
-        check_window(self.shape.next_position, self.settings.tokens, window)
+        config, settings = self.model.config, self.settings
+        check_window(
+            self.shape.next_position, settings.tokens, config.thinker.text.max_position_embeddings
+        )
+        if settings.speech and config.talker is not None:
+            # After the prompt come the voice and the first token of the reply.
+            limit = config.talker.decoder.max_position_embeddings
+            most = limit - self.shape.next_position - 2
+            if settings.codes > most:
+                raise UsageError(
+                    f"speech of up to {settings.codes / CODES_PER_SECOND:g} s is more than the "
+                    f"Talker's window of {limit} positions leaves beside this prompt; use at most "
+                    f"{max(0, most) / CODES_PER_SECOND:g} s (max_speech_seconds, --max-speech)"
+                )
 
     def request(self) -> Request:
         size = ITEMSIZE[self.dtype.name]

@@ -27,7 +27,8 @@ class Report:
 
     Seconds count from the start of the request. `bytes_host_to_device` is what this request
     loaded; modules that were resident already cost nothing. `host_peak_bytes` is the largest
-    resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech.
+    resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech;
+    `speech_cut_off` says that it has as many as it may have and did not end by itself.
     `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
     makes, on a sample of the vocabulary; None where the head is as stored.
     `notes` say what was done otherwise than planned, because memory ran out all the same.
@@ -57,6 +58,7 @@ class Report:
     history: tuple[Level, ...] = ()
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     longest_gap_s: float | None = None
+    speech_cut_off: bool = False
 
     @property
     def timeline(self) -> tuple[tuple[float, str, int], ...]:
@@ -118,10 +120,11 @@ class Report:
             )
             for row in rows
         ]
+        ended = ", cut off at its bound" if self.speech_cut_off else ""
         lines.append("")
         lines.append(
             f"{self.prompt_tokens} tokens in, {self.reply_tokens} out; "
-            f"{self.audio_seconds:.2f} s of speech; "
+            f"{self.audio_seconds:.2f} s of speech{ended}; "
             f"{format_size(self.bytes_host_to_device)} loaded; "
             f"process peak {format_size(self.host_peak_bytes)}"
         )

@@ -46,7 +46,7 @@ def make_plan(*, fits: bool = True) -> Plan:
     )
 
 
-def make_report(audio_seconds: float) -> Report:
+def make_report(audio_seconds: float, *, cut_off: bool = False) -> Report:
     row = PhaseReport(
         name="decode", seconds=0.5, predicted_peak_bytes=2**30, measured_peak_bytes=2**29
     )
@@ -64,6 +64,7 @@ def make_report(audio_seconds: float) -> Report:
         reply_tokens=2,
         codes=10,
         audio_seconds=audio_seconds,
+        speech_cut_off=cut_off,
         seed=0,
     )
 
@@ -81,6 +82,7 @@ class Engine:
     opened: list[Request] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: int = 0
+    cut_off: bool = False
     refusal: Exception | None = None
 
     def refuse(self) -> None:
@@ -118,10 +120,8 @@ class Engine:
                 audio.append(step)
                 yield AudioChunk(step, 24_000, 0.0, ())
         sound = np.concatenate(audio)
-        result = Result(
-            text, sound if self.opened[-1].speech else None, make_report(len(sound) / 24_000)
-        )
-        yield Finished(result)
+        report = make_report(len(sound) / 24_000, cut_off=self.cut_off)
+        yield Finished(Result(text, sound if self.opened[-1].speech else None, report))
 
 
 class StandIn:

@@ -91,7 +91,7 @@ def test_flags_become_messages_and_options(engine: Any, capsys: Any) -> None:
             "top_p": 0.9,
             "top_k": 5,
             "solver": "rk4",
-                "say": None,
+            "say": None,
             "system": "Short.",
             "fps": 1.5,
             "max_frames": 4,
@@ -137,6 +137,16 @@ def test_json_is_one_object_on_stdout(engine: Any, capsys: Any) -> None:
     marks = (report["first_text_s"], report["first_audio_s"], report["bytes_host_to_device"])
     assert marks == (0.25, 0.5, 12)
     assert "Hello" not in err
+
+
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_speech_that_had_to_end_is_told(
+    engine: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt="": "/exit")
+    engine.cut_off = True
+    assert main([verb, "-p", "hi", "-o", "a.wav"]) == 0
+    assert " (0.20 s, cut off there; see --max-speech)\n" in capsys.readouterr().err
 
 
 def test_no_speech_writes_no_file(engine: Any, capsys: Any) -> None:

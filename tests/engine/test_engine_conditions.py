@@ -40,6 +40,11 @@ def model(folder: Path, *, flat: Sequence[str] = (), **ends: int) -> LowVRAMOmni
     return LowVRAMOmni.from_pretrained(folder, device="cpu")
 
 
+def most_codes(omni: LowVRAMOmni, options: dict[str, Any]) -> int:
+    seconds = options.get("max_speech_seconds")
+    return round(CODES_A_SECOND * seconds) or 1 if seconds else omni.checkpoint.generation.max_codes
+
+
 def replied(omni: LowVRAMOmni, conversation: Any = None, **options: Any) -> Result:
     """The reply, after a look at every event of it."""
     events = list(omni.stream(conversation or WORDS, **options))
@@ -56,6 +61,7 @@ def replied(omni: LowVRAMOmni, conversation: Any = None, **options: Any) -> Resu
     assert np.abs(result.audio).max(initial=0) <= 1
     assert result.report.audio_seconds == len(result.codes) / CODES_A_SECOND
     assert result.report.codes == len(result.codes)
+    assert result.report.speech_cut_off == (len(result.codes) >= most_codes(omni, options))
     for row in result.report.phases:
         assert row.measured_peak_bytes <= row.predicted_peak_bytes
     return result
@@ -71,6 +77,7 @@ def omni(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LowVRAMOmni]:
 def test_a_talker_that_never_ends_stops_at_its_bound(omni: LowVRAMOmni, seconds: float) -> None:
     result = replied(omni, max_new_tokens=2, max_speech_seconds=seconds)
     assert len(result.codes) == max(1, round(CODES_A_SECOND * seconds))
+    assert result.report.speech_cut_off and "cut off at its bound" in str(result.report)
 
 
 def test_a_talker_that_repeats_itself_is_heard_to_its_bound(tmp_path: Path) -> None:
@@ -93,7 +100,8 @@ def test_a_talker_that_ends_at_once_leaves_an_empty_speech(tmp_path: Path, tight
         assert result.audio is not None and result.audio.shape == (0,)
         report = result.report
         assert (report.first_audio_s, report.longest_gap_s, report.real_time_factor) == (None,) * 3
-        assert "0.00 s of speech" in str(report) and report.to_json()["codes"] == 0
+        assert not report.speech_cut_off
+        assert "0.00 s of speech;" in str(report) and report.to_json()["codes"] == 0
 
 
 @pytest.mark.parametrize("speech", [False, True])

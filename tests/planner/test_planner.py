@@ -161,6 +161,14 @@ def test_positions_beyond_the_window_are_refused_with_the_numbers() -> None:
     assert plan(23 * GIB, long, max_new_tokens=700, speech=False).fits
 
 
+def test_speech_beyond_the_talkers_window_is_refused_with_what_would_do() -> None:
+    most = (32_768 - WORDS.next_position - 2) / 50
+    assert plan(8 * GIB, WORDS, max_speech_seconds=most).fits
+    with pytest.raises(UsageError, match=rf"use at most {most:g} s"):
+        plan(8 * GIB, WORDS, max_speech_seconds=most + 0.02)
+    assert plan(8 * GIB, WORDS, speech=False, max_speech_seconds=1000.0).fits
+
+
 def test_the_budget_is_what_is_free_unless_less_is_asked_for() -> None:
     assert decide_budget(None, facts()).budget_bytes == 23 * GIB
     assert decide_budget("8GiB", facts()).budget_bytes == 8 * GIB
