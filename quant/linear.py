@@ -82,7 +82,8 @@ class QuantLinear(nn.Module):
         """Outputs of each of the linears that this one computes, itself first; empty if alone."""
 
     def keeps_stored(self, device: str) -> bool:
-        """Whether `after_load` on a device of that type leaves the stored tensors in place."""
+        """Whether `after_load` on a device of that type leaves the stored tensors in place, also
+        where they may be joined."""
         return self.choose(device).name == "reference"
 
     def choose(self, device: str) -> Kernel:
@@ -98,9 +99,8 @@ class QuantLinear(nn.Module):
 
     def after_load(self) -> None:
         """Choose the kernel for where the tensors now are, and give it its layout."""
-        if "qweight" not in self._buffers:
+        if self.joined or "qweight" not in self._buffers:
             return
-        self.joined = ()
         qweight, qzeros, scales = (self.get_buffer(name) for name in _STORED)
         self.kernel = self.choose(qweight.device.type)
         held = self.kernel.prepare(qweight, qzeros, scales, self.group_size)

@@ -74,6 +74,18 @@ def test_rows(rows: int, wide: None) -> None:
         assert torch.equal(packed.found(x)[1:], found[1:])
 
 
+def test_rows_choose_in_decoding_alone(wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In prefill they follow from how a prompt was cut, which must not show."""
+    unpacked: list[int] = []
+    into = products.unpacked
+    monkeypatch.setattr(products, "unpacked", lambda *given: unpacked.append(1) or into(*given))
+    packed = linear(64, 32, 32)
+    for rows, phase, times in ((1, "prefill", 1), (64, "decode", 0), (65, "decode", 1)):
+        packed.found(activations(rows, 64, HALF), phase)
+        assert len(unpacked) == times
+        unpacked.clear()
+
+
 @pytest.mark.parametrize(("rows", "group"), [(1, 128), (2, 128), (4, 32), (8, 64), (20, 64)])
 def test_the_tiles_of_the_table(rows: int, group: int) -> None:
     packed = linear(128, 264, group, bias=BRAIN)  # a tile of 256 outputs, and eight more

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.quant import QuantLinear, linear_bytes, loading_bytes, preferred_kernel, scratch_bytes
+from lowvram.quant import (
+    Kernel,
+    QuantLinear,
+    apply_all,
+    join,
+    linear_bytes,
+    loading_bytes,
+    preferred_kernel,
+    scratch_bytes,
+)
 from lowvram.quant.kernels import Problem, reference, select, triton
 from lowvram.quant.kernels.pieces import piece_columns
 from lowvram.quant.sizes import PIECE_WEIGHTS
@@ -146,6 +155,37 @@ def test_nothing_is_brought_into_another_layout() -> None:
     assert set(triton.JOINS) == set(held)
     assert sum(tensor.nbytes for tensor in stored) == linear_bytes(256, 64, 128, "triton")
     assert loading_bytes(256, 64, 128, "triton") == stored[0].nbytes  # of joined ones
+
+
+def packed(outputs: int) -> QuantLinear:
+    layer = QuantLinear(128, outputs, True, 64, dtype=torch.bfloat16)
+    random = torch.Generator().manual_seed(outputs)
+    for name in ("qweight", "qzeros"):
+        words = layer.get_buffer(name)
+        words.copy_(torch.randint(-(2**31), 2**31, words.shape, generator=random).int())
+    layer.get_buffer("scales").copy_(torch.rand(2, outputs, generator=random))
+    layer.get_buffer("bias").copy_(torch.rand(outputs, generator=random))
+    return layer
+
+
+def test_words_lie_side_by_side_where_linears_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loader does it: children after their parent, and again after a drop."""
+    kernel = Kernel("triton", "", triton.prepare, reference.run, triton.JOINS, gated=triton.gated)
+    monkeypatch.setattr(QuantLinear, "choose", lambda self, device: kernel)
+    apart = [packed(outputs) for outputs in (64, 16, 24)]
+    layers = [packed(outputs) for outputs in (64, 16, 24)]
+    held = sum(tensor.nbytes for layer in layers for tensor in layer.buffers())
+    assert not layers[0].keeps_stored("cuda")  # or the loader would let them lie in one block
+    join(layers)
+    for layer in layers:
+        layer.after_load()
+    assert layers[0].joined == (64, 16, 24)
+    assert sum(tensor.nbytes for layer in layers for tensor in layer.buffers()) == held
+    x = torch.randn(3, 128).bfloat16()
+    for found, one in zip(apply_all(layers, x), apart, strict=True):
+        torch.testing.assert_close(found, one(x), rtol=8e-3, atol=1e-2)
+    layers[0].as_built()
+    assert layers[0].joined == ()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
