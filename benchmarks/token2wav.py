@@ -1,7 +1,7 @@
 """Token2wav's speed on the CPU at true shapes: ours, the official constants, and transformers.
 
     python benchmarks/token2wav.py --seconds 5 --json benchmarks/results/token2wav-5s-DATE.json
-    python benchmarks/token2wav.py --seconds 30 --rows default official bf16 transformers
+    python benchmarks/token2wav.py --seconds 30 --rows default official transformers
 
 Random weights of the published shapes (those of 3B and 7B are the same), fp32, codes one by one.
 A row: `default` is what streams; `exact` streams the very frames of the whole utterance; `whole`
@@ -11,7 +11,7 @@ class with its defaults, of whose nine solver steps, all the same work, `--their
 (all of them up to ten seconds of speech, else one) and the DiT's time counted for nine.
 
 Operations are counted apart, at the same shapes. Seconds of the machine while something else runs
-say little: the result names its load. Four minutes for 5 s; 30 s as above about eight.
+say little: the result names its load. Four minutes for 5 s; 30 s as above under eight.
 """
 
 from __future__ import annotations

@@ -24,9 +24,6 @@ _BLOCK = 128
 _ROWS = 2048
 """Outputs that are worked on at a time."""
 
-_DAMPINGS = 8
-"""How often the damping is raised tenfold for products that no factor can be found of."""
-
 _LEAST = 1e-3
 """Share of the mean energy that the damping takes an input to have at least."""
 
@@ -60,25 +57,17 @@ def feedback(products: Tensor, damping: float) -> Feedback:
 
 def factored(products: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Products [K, K], each input given a share of its own energy more (and of the mean's, so that
-    one without any has some), and the lower factor of that; both float64. Where there is no
-    factor, the share is raised until there is one.
+    one without any has some), and the lower factor of that; both float64. Inputs without energy,
+    or with one that overflows, are taken to be unrelated.
     """
-    energy = products.diagonal().double()
-    extra = damping * (energy + _LEAST * energy.mean())
-    for _ in range(_DAMPINGS if float(extra.max()) > 0.0 else 0):
-        damped = products.double()
-        damped.diagonal().add_(extra)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return damped, lower
-        extra = extra * 10.0
-    return _plain(len(products), products.device)
-
-
-def _plain(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What inputs without any energy, or with one that overflows, are taken for: unrelated."""
-    eye = torch.eye(size, dtype=torch.float64, device=device)
-    return eye, eye.clone()
+    damped = products.to(torch.float64, copy=True)
+    energy = damped.diagonal().clone()
+    damped.diagonal().add_(damping * (energy + _LEAST * energy.mean()))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not bool(torch.isfinite(lower).all()):
+        damped = torch.eye(len(products), dtype=torch.float64, device=products.device)
+        return damped, damped.clone()
+    return damped, lower
 
 
 def compensated(weight: Tensor, grid: Grid, given: Feedback, *, sweeps: int) -> tuple[Tensor, Grid]:

@@ -76,10 +76,11 @@ class Token2Wav(nn.Module):
         dit = self.code2wav_dit_model
         kept = Constants() if constants is None else constants
         grid = time_grid(points)
+        # First what takes more memory than it leaves.
+        speaker = kept.speaker(voice.name, lambda: dit.speaker(voice.cond, voice.ref_mel))
         modulation = kept.modulation(
             solver, points, lambda: dit.modulate(field_times(grid, solver))
         )
-        speaker = kept.speaker(voice.name, lambda: dit.speaker(voice.cond, voice.ref_mel))
         device = dit.proj_out.weight.device
         return Utterance(solver, grid, speaker.to(device), modulation.to(device))
 

@@ -13,12 +13,7 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.planner import laws
 from lowvram.planner.kernels import Kernels
 from lowvram.planner.model import ModelFacts, PartSizes
-from lowvram.planner.sound import (
-    modulation_bytes,
-    native_bytes,
-    vocode_bytes,
-    vocode_kept_bytes,
-)
+from lowvram.planner.sound import native_bytes, vocode_bytes, vocode_kept_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
 
@@ -228,6 +223,7 @@ class Request:
         """Sound from codes."""
         config = self.model.config
         assert config.dit is not None and config.bigvgan is not None
+        modulated = self.host_is_device and self.modulated
         work = vocode_bytes(
             config.dit,
             config.bigvgan,
@@ -235,17 +231,15 @@ class Request:
             self.settings.codes,
             self.model.voice_frames,
             self.kernels,
+            modulated=modulated,
         )
-        kept = vocode_kept_bytes(config.dit, self.pieces, self.settings.codes)
-        carried = 0
-        if self.host_is_device and self.modulated:
-            carried = modulation_bytes(config.dit, self.pieces)
+        kept = vocode_kept_bytes(config.dit, self.pieces, self.settings.codes, modulated=modulated)
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
             workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
-            activations=work - carried,
-            kept=kept - carried,
+            activations=work,
+            kept=kept,
             loading=self.reading("token2wav"),
         )
 

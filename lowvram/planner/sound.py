@@ -20,12 +20,17 @@ def vocode_bytes(
     codes: int,
     voice_frames: int,
     kernels: Kernels,
+    *,
+    modulated: bool = False,
 ) -> int:
-    """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames."""
+    """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames.
+
+    Where `modulated`, the modulations count elsewhere.
+    """
     window, frames = settings.largest_pass(codes, dit)
     times = _times(settings)
-    kept = modulation_bytes(dit, settings)
-    mel = vocode_kept_bytes(dit, settings, codes) - kept
+    kept = 0 if modulated else _modulation_bytes(dit, settings)
+    mel = vocode_kept_bytes(dit, settings, codes, modulated=True)
     known = _known_frames(dit, settings, codes)
     if settings.exact:
         # With the block that waited.
@@ -34,14 +39,15 @@ def vocode_bytes(
     moments = (
         # A row of one layer at a time, and the weight that makes it.
         (3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT,
-        _voice_bytes(dit, voice_frames),
         mel + _dit_bytes(dit, window, known, kernels) + states * window * dit.mel_dim * FLOAT,
         mel + _bigvgan_bytes(bigvgan, frames),
     )
-    return kept + max(moments) + SMALL
+    return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + SMALL
 
 
-def vocode_kept_bytes(dit: DiTConfig, settings: VocodeSettings, codes: int) -> int:
+def vocode_kept_bytes(
+    dit: DiTConfig, settings: VocodeSettings, codes: int, *, modulated: bool = False
+) -> int:
     """What is there between two pieces of speech of `codes` codes."""
     window, frames = settings.largest_pass(codes, dit)
     first = settings.piece_blocks(0) * dit.codes_per_block + max(1, settings.ahead(dit))
@@ -52,7 +58,7 @@ def vocode_kept_bytes(dit: DiTConfig, settings: VocodeSettings, codes: int) -> i
         past += _held_bytes(dit, settings.evaluations)
         states = EVALUATIONS_PER_STEP[settings.solver] * _known_frames(dit, settings, codes)
         mel += states * dit.mel_dim * FLOAT
-    return modulation_bytes(dit, settings) + past + mel
+    return (0 if modulated else _modulation_bytes(dit, settings)) + past + mel
 
 
 def _known_frames(config: DiTConfig, settings: VocodeSettings, codes: int) -> int:
@@ -67,7 +73,7 @@ def _times(settings: VocodeSettings) -> int:
     return steps if settings.solver == "euler" else 3 * steps + 1
 
 
-def modulation_bytes(config: DiTConfig, settings: VocodeSettings) -> int:
+def _modulation_bytes(config: DiTConfig, settings: VocodeSettings) -> int:
     """Shifts, scales and gates of every layer at every time, kept while an utterance lasts."""
     return _times(settings) * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
 

@@ -116,7 +116,8 @@ def test_an_early_end_leaves_nothing(omni: LowVRAMOmni, folder: Path) -> None:
             next(stream)
         stream.close()
         assert omni.resident == held
-        owners = {owner for owner, _ in omni._meter._held}
+        # What the vocoder of any request needs stays, on the CPU within the budget.
+        owners = {owner for owner, key in omni._meter._held if key != "constants"}
         assert owners <= {"weights"}, f"left behind after {count} events: {owners}"
     again = omni.generate(WORDS, **LONG)
     assert again.codes == whole.codes and np.array_equal(again.audio, whole.audio)
