@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from lowvram.conversation import MediaSettings
 from lowvram.errors import UsageError
-from lowvram.settings import TALKER_SAMPLING, GenerationSettings, SamplingSettings, Solver
+from lowvram.settings import PIECES, TALKER_SAMPLING, GenerationSettings, SamplingSettings, Solver
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages in the format of the model cards: `role`, and `content` as text or as a list of
@@ -25,7 +25,9 @@ class Options(TypedDict, total=False):
     `temperature` (0 is greedy), `top_p`, `top_k`, `repetition_penalty`: how text is drawn; the
     same with `talker_` before it: how codes are drawn.
     `seed`: of this request (that of the model). `solver`: `euler` or `rk4`. `whole_speech`: the
-    sound of an utterance that is vocoded at once, for files (False). `say`: this text is the
+    sound of an utterance that is vocoded at once, for files (False). `pieces`: blocks of 0.24 s in
+    the pieces of speech, the last number again and again; `look_ahead`: those that a piece hears of
+    what follows. `say`: this text is the
     reply, and is spoken; no other is drawn. `system`: a system prompt for conversations without
     one. `fps`, `max_frames`, `min_pixels`, `max_pixels`: how video and images are sampled.
     `use_audio_in_video`: hear the sound track of videos (True).
@@ -46,6 +48,8 @@ class Options(TypedDict, total=False):
     seed: int | None
     solver: Solver
     whole_speech: bool
+    pieces: Sequence[int]
+    look_ahead: int
     say: str | None
     system: str | None
     fps: float
@@ -57,7 +61,14 @@ class Options(TypedDict, total=False):
 
 _MEDIA = {"fps", "max_frames", "min_pixels", "max_pixels"}
 _SAMPLING = {"temperature", "top_p", "top_k", "repetition_penalty"}
-_REQUEST = {"speaker", "max_new_tokens", "max_speech_seconds", "solver", "whole_speech"}
+_REQUEST = {
+    "speaker",
+    "max_new_tokens",
+    "max_speech_seconds",
+    "solver",
+    "whole_speech",
+    "look_ahead",
+}
 
 
 def split_options(
@@ -88,6 +99,7 @@ def split_options(
     own_seed = given.get("seed")
     settings = GenerationSettings(
         **_picked(given, _REQUEST),
+        pieces=tuple(given.get("pieces", PIECES)),
         speech=speech if wanted is None else wanted,
         seed=seed if own_seed is None else own_seed,
         sampling=replace(SamplingSettings(), **_picked(given, _SAMPLING)),

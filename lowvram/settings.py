@@ -25,6 +25,13 @@ EVALUATIONS_PER_STEP: dict[Solver, int] = {"euler": 1, "rk4": 4}
 """How often the solver asks the DiT for its velocity in a step of its time grid."""
 
 
+PIECES = (2, 2, 4, 8)
+"""Blocks of 12 codes in the pieces that speech is made in; the last number again and again."""
+
+LOOK_AHEAD = 1
+"""Blocks that a piece hears of what follows it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
@@ -59,8 +66,10 @@ class GenerationSettings:
     `max_speech_seconds` the speech; they size the KV caches. None takes the checkpoint's own bound,
     and where it names none that of transformers: 1024 tokens, 4096 codes (81.92 s).
     `whole_speech` gives the sound that the utterance has when it is vocoded at once, in the same
-    bounded memory; pieces of it come about two seconds later (eight with `rk4`). `reply` are the
-    tokens of the reply where it is given and not drawn; `max_new_tokens` then has one more.
+    bounded memory; pieces of it come about two seconds later (eight with `rk4`). `pieces` and
+    `look_ahead` are blocks of 12 codes: how long the pieces of speech are, and how much of what
+    follows they hear (see `VocodeSettings`). `reply` are the tokens of the reply where it is given
+    and not drawn; `max_new_tokens` then has one more.
     """
 
     speech: bool = True
@@ -72,6 +81,8 @@ class GenerationSettings:
     seed: int = 0
     solver: Solver = "euler"
     whole_speech: bool = False
+    pieces: tuple[int, ...] = PIECES
+    look_ahead: int = LOOK_AHEAD
     reply: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +92,10 @@ class GenerationSettings:
             raise UsageError(f"max_speech_seconds is {self.max_speech_seconds}; wanted above 0")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}")
+        if not self.pieces or min(self.pieces) < 1:
+            raise UsageError(f"pieces are {self.pieces}; wanted one or more blocks in each")
+        if self.look_ahead < 0:
+            raise UsageError(f"look_ahead is {self.look_ahead}; wanted 0 or more blocks")
 
     def completed(self, defaults: GenerationDefaults) -> GenerationSettings:
         """The same settings with the checkpoint's bounds where they name none."""

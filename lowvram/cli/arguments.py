@@ -257,6 +257,26 @@ def _add_reply(parser: argparse.ArgumentParser) -> None:
         default=reply.solver,
         help="how sound is integrated; rk4 is 4 times slower (default: %(default)s)",
     )
+    group.add_argument(
+        "--whole-speech",
+        action="store_true",
+        help="sound as if vocoded at once, for files: it begins two seconds of speech later",
+    )
+    pieces = ",".join(map(str, reply.pieces))
+    group.add_argument(
+        "--pieces",
+        type=_blocks,
+        default=reply.pieces,
+        metavar="LIST",
+        help=f"blocks of 0.24 s in the pieces of speech, the last again and again ({pieces})",
+    )
+    group.add_argument(
+        "--look-ahead",
+        type=int,
+        default=reply.look_ahead,
+        metavar="N",
+        help="blocks that a piece hears of what follows it (default: %(default)s)",
+    )
 
 
 def _add_media(parser: argparse.ArgumentParser) -> None:
@@ -363,6 +383,15 @@ def _count(text: str) -> int:
 
 
 _count.__name__ = "int"
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; wanted blocks with commas between, as in 2,2,4,8"
+        ) from error
 
 
 def _names(text: str) -> tuple[str, ...]:

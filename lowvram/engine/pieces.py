@@ -14,7 +14,14 @@ from typing import Literal
 
 from lowvram.config import DiTConfig
 from lowvram.errors import UsageError
-from lowvram.settings import EVALUATIONS_PER_STEP, SOLVERS, Solver
+from lowvram.settings import (
+    EVALUATIONS_PER_STEP,
+    LOOK_AHEAD,
+    PIECES,
+    SOLVERS,
+    GenerationSettings,
+    Solver,
+)
 
 Stage = Literal["mel", "wave"]
 
@@ -44,8 +51,8 @@ class VocodeSettings:
     """
 
     solver: Solver = "euler"
-    blocks: tuple[int, ...] = (2, 2, 4, 8)
-    look_ahead: int = 1
+    blocks: tuple[int, ...] = PIECES
+    look_ahead: int = LOOK_AHEAD
     vocoder_left_frames: int = 20
     vocoder_right_frames: int = 20
     exact: bool = False
@@ -62,6 +69,16 @@ class VocodeSettings:
         contexts = (self.look_ahead, self.vocoder_left_frames, self.vocoder_right_frames)
         if min(contexts) < 0:
             raise UsageError(f"a context of the vocoder is negative: {contexts}; wanted 0 or more")
+
+    @classmethod
+    def of_request(cls, settings: GenerationSettings) -> VocodeSettings:
+        """Those of one request."""
+        return cls(
+            solver=settings.solver,
+            blocks=tuple(settings.pieces),
+            look_ahead=settings.look_ahead,
+            exact=settings.whole_speech,
+        )
 
     @property
     def evaluations(self) -> int:

@@ -188,7 +188,7 @@ class Speaking:
     def _open_stream(self) -> SpeechStream:
         context = self._context
         token2wav = self._everything.enter_context(context.use("token2wav", Token2Wav))
-        settings = VocodeSettings(solver=self._settings.solver, exact=self._settings.whole_speech)
+        settings = VocodeSettings.of_request(self._settings)
         noise = NoiseSource(self._seeds.noise)
         stream = SpeechStream(token2wav, self._voice, noise, settings, context.constants)
         Ladder(context, "token2wav").climb(stream.prepare)

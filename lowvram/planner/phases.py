@@ -210,7 +210,7 @@ class Request:
     @property
     def pieces(self) -> VocodeSettings:
         """How codes become sound."""
-        return VocodeSettings(solver=self.settings.solver, exact=self.settings.whole_speech)
+        return VocodeSettings.of_request(self.settings)
 
     @property
     def first_codes(self) -> int:

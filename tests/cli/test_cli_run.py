@@ -395,3 +395,16 @@ def test_a_given_text_is_spoken(tmp_path: Path, capsys: Any) -> None:
 def test_a_text_that_cannot_be_spoken(flags: list[str], said: str, capsys: Any) -> None:
     assert main(["run", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--pieces", "2,x"], "'2,x' is no list of numbers"),
+        (["--pieces", "2,0"], "wanted one or more blocks in each"),
+        (["--look-ahead", "-1"], "look_ahead is -1"),
+    ],
+)
+def test_pieces_that_are_none(flags: list[str], said: str, capsys: Any) -> None:
+    assert main(["run", "-p", "hi", *flags]) == 2
+    assert said in capsys.readouterr().err

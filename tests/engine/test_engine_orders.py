@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowvram import AudioChunk, LowVRAMOmni, Result, TextDelta
+from lowvram import AudioChunk, LowVRAMOmni, Result, TextDelta, UsageError
 from lowvram.planner.choices import Choices
 from lowvram.pocket import make_checkpoint
 
@@ -132,3 +132,17 @@ def test_a_talker_that_ends_before_the_thinker(omni: LowVRAMOmni) -> None:
     result = omni.generate(WORDS, **{**LONG, "max_speech_seconds": 0.9})
     assert len(result.tokens) == 48 and len(result.codes) == 45
     assert result.audio is not None and len(result.audio) == 45 * 480
+
+
+def test_pieces_are_those_that_were_asked_for(omni: LowVRAMOmni) -> None:
+    usual = omni.generate(WORDS, **LONG)
+    options = {**LONG, "pieces": (1, 3), "look_ahead": 2}
+    chunks = [event for event in omni.stream(WORDS, **options) if isinstance(event, AudioChunk)]
+    # Less 20 frames, which the vocoder still waits for: 36 codes for the first, then 36 each.
+    assert [len(chunk.codes) for chunk in chunks[:3]] == [2, 36, 36]
+    assert sum((chunk.codes for chunk in chunks), ()) == usual.codes
+    whole = omni.generate(WORDS, **LONG, whole_speech=True)
+    assert whole.codes == usual.codes and whole.audio is not None and usual.audio is not None
+    assert np.abs(whole.audio - usual.audio).max() < 1e-2
+    with pytest.raises(UsageError, match="wanted one or more blocks"):
+        omni.plan(WORDS, pieces=())
