@@ -16,7 +16,7 @@ QUESTION = "--prompt --image --audio --video --system --system-prompt"
 PLACE = "--model --offline --device --max-memory --dtype --allow"
 REPLY = (
     "--speaker --voice --no-speech --max-tokens --max-speech --temperature --top-p --top-k "
-    "--seed --solver"
+    "--seed --solver --whole-speech --pieces --look-ahead"
 )
 MEDIA = "--fps --max-frames --min-pixels --max-pixels --no-audio-in-video"
 REQUEST = f"{QUESTION} {PLACE} {REPLY} {MEDIA} --verbose --help"
