@@ -106,6 +106,7 @@ def main_cases() -> list[Case]:
         case(to_16_bits, "bf16", "fp16", tuning.UNPACK, GROUP=128, LARGEST=largest),
         case(eight_bits, "bf16", "bf16", tuning.rows(1), DIRECT=True, bias=None),
         _added("bf16", gated=True),
+        _added("bf16", gated=False, biased=True),
     ]
 
 
@@ -125,13 +126,15 @@ def all_cases() -> Iterator[Case]:
             yield case(to_16_bits, dtype, "fp16", tuning.UNPACK, GROUP=group, LARGEST=largest)
         for count in (1, 2, 4, 8):
             yield case(eight_bits, dtype, "bf16", tuning.rows(count), DIRECT=True)
-        yield _added(dtype, gated=True)
-        yield _added(dtype, gated=False)
+        for biased in (False, True):
+            yield _added(dtype, gated=True, biased=biased)
+            yield _added(dtype, gated=False, biased=biased)
 
 
-def _added(dtype: str, *, gated: bool) -> Case:
-    constants = (("BLOCK", tuning.REDUCED), ("GATED", gated), ("bias", None))
-    return Case(f"add_parts {dtype} gated={gated}", add_parts, dtype, "fp16", constants)
+def _added(dtype: str, *, gated: bool, biased: bool = False) -> Case:
+    constants = {"BLOCK": tuning.REDUCED, "GATED": gated} | ({} if biased else {"bias": None})
+    name = f"add_parts {dtype} {gated=} {biased=}"
+    return Case(name, add_parts, dtype, "fp16", tuple(constants.items()))
 
 
 def compiled(one: Case, capability: int) -> dict[str, Any]:
