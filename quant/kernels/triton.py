@@ -55,7 +55,11 @@ def unusable(dtype: torch.dtype) -> str | None:
 
 def small_trial(dtype: str) -> str | None:
     """What was wrong with a small product on the device that is open, tried once for a type of
-    activations; None if it came out right."""
+    activations; None if it came out right.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room to try.
+    """
     return _failed(getattr(torch, dtype), torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -122,6 +126,8 @@ def _failed(dtype: torch.dtype, device: torch.device) -> str | None:
         there = {name: tensor.to(device) for name, tensor in stored.items()}
         found = [run(x.to(device), there, None, group, phase, Scratch()) for phase in PHASES]
         products = torch.cat(found).float().cpu()
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about the kernels
     except Exception as error:  # what compilers and drivers raise is of no common kind
         said = str(error).strip().splitlines() or [""]
         return f"a small product failed: {type(error).__name__}: {said[0][:200]}"

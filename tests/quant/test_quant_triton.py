@@ -96,6 +96,25 @@ def test_a_device_that_is_open_is_asked_before_a_plan(monkeypatch: pytest.Monkey
     assert preferred_kernel("cuda", "float16").name == "triton"
 
 
+def test_a_device_that_is_full_is_no_failure_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*given: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    opened(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    triton._failed.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        triton._failed(torch.bfloat16, torch.device("cpu"))
+    assert preferred_kernel("cuda", "bfloat16").name == "triton"
+    monkeypatch.undo()
+    opened(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "run", reference.run)
+    assert triton._failed(torch.bfloat16, torch.device("cpu")) is None  # it was not remembered
+    triton._failed.cache_clear()
+
+
 def test_a_wrong_result_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     run = reference.run
