@@ -34,7 +34,8 @@ class Context:
 
     `constants` are what the vocoder of any request needs and one of them has made.
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
-    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name.
+    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name,
+    `recorded` the bytes of recorded steps by part.
     """
 
     device: Device
@@ -48,6 +49,7 @@ class Context:
     placements: dict[str, Placement] = field(init=False)
     notes: list[str] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    recorded: dict[str, int] = field(default_factory=dict)
     _using: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

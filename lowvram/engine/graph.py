@@ -88,6 +88,7 @@ class StepGraph:
     def forget(self) -> None:
         """What was recorded may use memory that is no longer the model's."""
         self._recorded = None
+        self._context.recorded.pop(self._part, None)
         self._context.meter.release("workspace", self._key)
 
     @property
@@ -108,6 +109,7 @@ class StepGraph:
             self._context.device.empty_cache()
             return
         self._recorded = span, result, replay
+        self._context.recorded[self._part] = self._bytes
         self._context.meter.hold("workspace", self._key, self._bytes)
         if self._context.scratch.nbytes:
             self._give_up("packed weights are de-quantized for every product")
@@ -117,6 +119,7 @@ class StepGraph:
         plan = self._context.plan
         peak = max(r.predicted_peak_bytes for r in plan.phases if self._part in r.modules)
         room = plan.budget_bytes - plan.guard_bytes - peak
+        room -= sum(self._context.recorded.values())
         if room >= self._bytes:
             return ""
         return f"it takes up to {format_size(self._bytes)}, the plan leaves {format_size(room)}"

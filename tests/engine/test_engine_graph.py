@@ -194,6 +194,26 @@ def test_a_recording_has_room_in_the_budget_or_is_not_made(
     assert any("the plan leaves" in note for note in found.report.notes)
 
 
+@pytest.mark.usefixtures("short_spans")
+def test_two_recordings_have_room_beside_each_other_or_one_is_not_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SHORT, "max_speech_seconds": 0.8}
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
+        plan = omni.plan(WORDS, **options)
+    assert plan.interleaves("decode", "talk")
+    recorder = recording(monkeypatch, TapeRecorder())
+    # The guard of 64 MiB, and room for one and a half.
+    budget = plan.predicted_peak_bytes + (64 << 20) + 3 * graph_bytes(2, 0) // 2
+    with LowVRAMOmni.from_pretrained(
+        folder, device="cpu", dtype="bfloat16", max_memory=budget
+    ) as omni:
+        found = omni.generate(WORDS, **options)
+    assert recorder.replays
+    (told,) = (note for note in found.report.notes if "launched one by one" in note)
+    assert told.startswith("talker:") and "the plan leaves" in told
+
+
 def test_spans_hold_the_token_that_comes_and_end_with_the_cache() -> None:
     for most in (1, 1000, 1024, 5000):
         for tokens in range(1, most + 1):
