@@ -34,7 +34,8 @@ class Context:
 
     `constants` are what the vocoder of any request needs and one of them has made.
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
-    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name.
+    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name;
+    `option_errors` has what each option in effect costs, see `Report`.
     """
 
     device: Device
@@ -48,6 +49,7 @@ class Context:
     placements: dict[str, Placement] = field(init=False)
     notes: list[str] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    option_errors: dict[str, float] = field(default_factory=dict)
     _using: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -107,7 +109,9 @@ class Context:
 
     def stream_more(self, part: str) -> Placement | None:
         """Place the part with fewer units that stay, to be loaded anew; None where no fewer bytes
-        would."""
+        would, or it cannot stream."""
+        if not self.loader.streams(part):
+            return None
         sizes = self.loader.unit_bytes(part)
         now = self.placements.get(part)
         # The first units that stream only pay for the slabs that they stream through.
