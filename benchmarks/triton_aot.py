@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +141,6 @@ def compiled(one: Case, capability: int) -> dict[str, Any]:
     Raises:
         triton.CompilationError: it cannot be compiled for that.
     """
-    begun = time.perf_counter()
     target = GPUTarget("cuda", capability, 32)
     made = triton.compile(one.source(), target=target, options={"num_warps": one.warps})
     ptx = made.asm["ptx"]
@@ -151,7 +148,6 @@ def compiled(one: Case, capability: int) -> dict[str, Any]:
         "case": one.name,
         "warps": one.warps,
         "capability": capability,
-        "seconds": round(time.perf_counter() - begun, 2),
         "cubin_bytes": len(made.asm["cubin"]),
         "shared_bytes": made.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
@@ -182,7 +178,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where the numbers go (default: results/)")
     parser.add_argument("--main", action="store_true", help="only what a 7B in bfloat16 runs")
     given = parser.parse_args(arguments)
-    begun, load = time.monotonic(), os.getloadavg()[0]
     rows = []
     for one in main_cases() if given.main else all_cases():
         for capability in CAPABILITIES:
@@ -193,8 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         "date": date,
         "triton": triton.__version__,
-        "seconds": time.monotonic() - begun,
-        "load_before_and_after": [load, os.getloadavg()[0]],
         "rows": rows,
     }
     path = given.json or RESULTS / f"triton-aot-{date}.json"

@@ -26,6 +26,7 @@ from lowvram.offload import (
     Budget,
     Loader,
     Meter,
+    Part,
     clear_frames,
     format_size,
     open_device,
@@ -40,9 +41,10 @@ from lowvram.planner import (
     decide_budget,
     make_plan,
     model_facts,
+    options_of,
     resolve_dtype,
+    vocoder_dtype,
 )
-from lowvram.quant import HeadBits, choose_head, preferred_kernel
 from lowvram.report import Report, history_of, phase_rows
 from lowvram.settings import GenerationSettings
 
@@ -91,19 +93,8 @@ class LowVRAMOmni:
         self._meter = Meter(self._device)
         self._scratch = metered_scratch(self._meter)
         self._tokenizer = checkpoint.tokenizer()
-        self._loader = Loader(
-            checkpoint.store,
-            self._device,
-            self._meter,
-            build_parts(
-                checkpoint,
-                getattr(torch, self._dtype.name),
-                speech=self._speech,
-                kernel=kernel,
-                scratch=self._scratch,
-                head_bits=self._head_bits(),
-            ),
-        )
+        self._used: tuple[str, ...] = ()
+        self._loader = Loader(checkpoint.store, self._device, self._meter, self._parts())
         self._voices: dict[str, Voice] = {}
         self._constants = Constants()
         self._running = False
@@ -223,6 +214,7 @@ class LowVRAMOmni:
             voice=self._voice(settings.speaker) if settings.speech else None,
             started=started,
         )
+        self._use(plan.used)
         before = frozenset(self._loader.resident())
         moved = self._loader.bytes_host_to_device
         self._meter.restart()
@@ -319,6 +311,7 @@ class LowVRAMOmni:
             dtype=self._dtype,
             allow=self._allow,
             on_device=frozenset(self._loader.resident()),
+            made_with=self._used,
             kernel=self._kernel,
             kept_bytes=self._constants.nbytes,
             modulated=self._constants.has_modulation(settings.solver, TIME_POINTS),
@@ -333,12 +326,24 @@ class LowVRAMOmni:
             return self._budget
         return decide_budget(self._budget.budget_bytes, replace(self._facts, free_bytes=free))
 
-    def _head_bits(self) -> HeadBits | None:
-        """The bits of the Thinker's head where an option that rounds it is allowed and helps."""
-        text = self.checkpoint.config.thinker.text
-        kernel = preferred_kernel(self._facts.type, self._dtype.name, self._kernel).name
-        head = choose_head(self._allow, kernel, text.hidden_size, text.vocab_size)
-        return None if head is None else head.bits
+    def _parts(self) -> list[Part]:
+        """The modules as they are built with the options in effect."""
+        return build_parts(
+            self.checkpoint,
+            getattr(torch, self._dtype.name),
+            speech=self._speech,
+            kernel=self._kernel,
+            scratch=self._scratch,
+            used=self._used,
+            dit_dtype=getattr(torch, vocoder_dtype(self._facts.type, self._facts.bfloat16)),
+        )
+
+    def _use(self, options: tuple[str, ...]) -> None:
+        """Have modules built anew where other options are in effect for them than before."""
+        before, self._used = self._used, options
+        for part in self._parts():
+            if options_of(part.name, before) != options_of(part.name, options):
+                self._loader.put(part)
 
     def _voice(self, name: str | None) -> Voice:
         if not self._voices:
@@ -365,7 +370,7 @@ class LowVRAMOmni:
             speech_cut_off=len(run.codes) == run.settings.codes,
             audio_seconds=0.0 if audio is None else len(audio) / SAMPLE_RATE,
             seed=run.settings.seed,
-            head_error=run.head_error,
+            option_errors=dict(run.context.option_errors),
             phase_seconds=dict(run.context.phase_seconds),
             longest_gap_s=run.longest_gap_s,
             model=plan.model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Literal
 
@@ -18,7 +18,14 @@ from lowvram.models.text import ThinkerText
 from lowvram.models.token2wav import Token2Wav
 from lowvram.models.vision import VisionTower
 from lowvram.offload import Part, torch_dtype
-from lowvram.quant import HeadBits, QuantLinear, RoundedHead, Scratch
+from lowvram.quant import (
+    HEAD_OPTIONS,
+    HeadBits,
+    QuantLinear,
+    RoundedHead,
+    RoundedLinear,
+    Scratch,
+)
 
 Kernel = Literal["auto", "reference"]
 
@@ -32,17 +39,22 @@ def build_parts(
     speech: bool,
     kernel: Kernel,
     scratch: Scratch | None = None,
-    head_bits: HeadBits | None = None,
+    used: Collection[str] = (),
+    dit_dtype: torch.dtype = torch.bfloat16,
 ) -> list[Part]:
     """Every module a request may need, in the order of the phases.
 
     Token2wav is float32 whatever `dtype` says: its authors state that 16 bits are audible
     (QwenLM/Qwen2.5-Omni#90). Without `speech` the Talker and the vocoder are not even named, so
-    nothing can read them. Packed linears share `scratch`, or one of their own. The Thinker's
-    head is rounded to `head_bits` where these are given.
+    nothing can read them. Packed and rounded linears share `scratch`, or one of their own. `used`
+    are the options in effect (see `planner/allowed.py`), of which `vocoder16` has the layers of the
+    DiT in `dit_dtype`.
     """
     config = checkpoint.config
-    linear = linear_factory(checkpoint, dtype, kernel, scratch or Scratch(), head_bits)
+    scratch = scratch or Scratch()
+    head = next((bits for name, bits in HEAD_OPTIONS.items() if name in used), None)
+    linear = linear_factory(checkpoint, dtype, kernel, scratch, head)
+    talking = rounded(scratch) if "talker8" in used else dense
     thinker = config.thinker
     parts = [
         Part("visual", "thinker.visual.", partial(VisionTower, thinker.vision), dtype),
@@ -50,9 +62,11 @@ def build_parts(
         Part("text", "thinker.", partial(ThinkerText, thinker, linear), dtype, _text_units),
     ]
     if speech and config.talker and config.dit and config.bigvgan:
+        talker = partial(Talker, config.talker, talking)
+        layers = dit_dtype if "vocoder16" in used else torch.float32
         parts += [
-            Part("talker", "talker.", partial(Talker, config.talker), dtype, _talker_units),
-            Part("token2wav", "token2wav.", partial(Token2Wav, config), torch.float32),
+            Part("talker", "talker.", talker, dtype, _talker_units),
+            Part("token2wav", "token2wav.", partial(Token2Wav, config, layers), torch.float32),
         ]
     return parts
 
@@ -66,6 +80,15 @@ def _text_units(module: nn.Module) -> Sequence[nn.Module]:
 def _talker_units(module: nn.Module) -> Sequence[nn.Module]:
     assert isinstance(module, Talker)
     return [*module.model.layers]
+
+
+def rounded(scratch: Scratch) -> LinearFactory:
+    """Every linear in int8, whatever the name."""
+
+    def build(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return RoundedLinear(in_features, out_features, bias, scratch)
+
+    return build
 
 
 def linear_factory(

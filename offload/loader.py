@@ -81,6 +81,19 @@ class Loader:
         """What was done otherwise than its placement says, and why; each once."""
         return self._supply.notes
 
+    def put(self, part: Part) -> None:
+        """Have `part` from now on in the place of the one of its name, which is dropped."""
+        self.drop(part.name)
+        self._skeletons.pop(part.name, None)
+        self._supply.forget(part.name, self._lane)
+        self._parts[part.name] = part
+
+    def streams(self, name: str) -> bool:
+        """Whether the part's units can stream: their modules use what is stored as it is."""
+        skeleton = self._skeleton(name)
+        slots = (slot for i in range(len(skeleton.units)) for slot in skeleton.unit_slots(i))
+        return not any(slot.filled_by_owner for slot in slots)
+
     def load(self, name: str, placement: Placement | None = None) -> nn.Module:
         """The part, on the device, with the units that `placement` says passing through slabs.
 

@@ -1,4 +1,4 @@
-"""4-bit weights: the AWQ layout, a linear that computes with it, and the kernels it chooses from.
+"""Weights of 4 and 8 bits: the AWQ layout, linears that compute with them, and their kernels.
 
 Knows nothing of budgets or models. Names that need torch are imported when first asked for, so
 that importing this package does not import torch.
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .awq import dense_layer, quantize_layer
     from .head import RoundedHead
+    from .joined import apply_all, apply_gated, apply_joined, join
     from .kernels import Kernel, Problem, select
-    from .linear import QuantLinear, apply_all, apply_gated, apply_joined, join
+    from .linear import QuantLinear
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
     from .published import quantization_config
+    from .rounded import RoundedLinear
     from .scratch import Scratch
     from .search_layer import (
         Geometry,
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
         KernelChoice,
         KernelName,
         choose_head,
+        eight_bit_scratch_bytes,
         head_bytes,
-        head_loading_bytes,
         linear_bytes,
         loading_bytes,
         preferred_kernel,
+        rounded_bytes,
+        rounding_bytes,
         scratch_bytes,
     )
 
@@ -59,6 +63,7 @@ __all__ = [
     "Problem",
     "QuantLinear",
     "RoundedHead",
+    "RoundedLinear",
     "Scratch",
     "SearchSettings",
     "Step",
@@ -69,8 +74,8 @@ __all__ = [
     "current_phase",
     "dense_layer",
     "dequantize",
+    "eight_bit_scratch_bytes",
     "head_bytes",
-    "head_loading_bytes",
     "join",
     "kernel_phase",
     "linear_bytes",
@@ -80,6 +85,8 @@ __all__ = [
     "quantization_config",
     "quantize",
     "quantize_layer",
+    "rounded_bytes",
+    "rounding_bytes",
     "scratch_bytes",
     "select",
     "unpack",
@@ -89,10 +96,12 @@ _HOME = {
     "awq": ("dense_layer", "quantize_layer"),
     "head": ("RoundedHead",),
     "kernels": ("Kernel", "Problem", "select"),
-    "linear": ("QuantLinear", "apply_all", "apply_gated", "apply_joined", "join"),
+    "joined": ("apply_all", "apply_gated", "apply_joined", "join"),
+    "linear": ("QuantLinear",),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
     "published": ("quantization_config",),
+    "rounded": ("RoundedLinear",),
     "search_layer": (
         "Geometry",
         "LayerInputs",
@@ -111,10 +120,12 @@ _HOME = {
         "KernelName",
         "choose_head",
         "head_bytes",
-        "head_loading_bytes",
+        "eight_bit_scratch_bytes",
         "linear_bytes",
         "loading_bytes",
         "preferred_kernel",
+        "rounded_bytes",
+        "rounding_bytes",
         "scratch_bytes",
     ),
 }

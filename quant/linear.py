@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .joined import Joinable
 from .kernels import Kernel, Problem, select, select_stored
 from .phase import current_phase
 from .scratch import Scratch
@@ -17,7 +17,7 @@ from .sizes import Asked
 _STORED = ("qweight", "qzeros", "scales")
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Joinable):
     """`x @ ((q - zero) * scale) + bias`, with tensors named and shaped as in an AWQ file.
 
     Args:
@@ -78,8 +78,7 @@ class QuantLinear(nn.Module):
         """The tensors are again, or for the first time, the stored ones: compute from those."""
         self._stored_on, self.kernel = "meta", self.choose("meta")
         self._held: tuple[str, ...] = _STORED
-        self.joined: tuple[int, ...] = ()
-        """Outputs of each of the linears that this one computes, itself first; empty if alone."""
+        self.joined = ()
 
     def keeps_stored(self, device: str) -> bool:
         """Whether `after_load` on a device of that type leaves the stored tensors in place, also
@@ -132,9 +131,15 @@ class QuantLinear(nn.Module):
         # `get_buffer` takes longer than a small product's launch.
         return {name: cast(Tensor, self._buffers[name]) for name in self._held}
 
+    @property
+    def kind(self) -> Hashable:
+        """Equal where kernel, groups and bias are alike, and the kernel gains from joining."""
+        if not self.kernel.joins:
+            return None
+        return self.kernel.name, self.group_size, self.bias is None
+
     def absorb(self, others: Sequence[QuantLinear]) -> None:
-        """Take over the prepared weights of linears of the same input, so that one product
-        computes all. They are left without any and can no longer be called by themselves."""
+        """As `Joinable.absorb`, of prepared weights."""
         linears = (self, *others)
         for name, axis in self.kernel.joins.items():
             parts = [linear.get_buffer(name) for linear in linears]
@@ -150,48 +155,3 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, {bias=}, group={self.group_size}"
-
-
-def join(linears: Sequence[nn.Module]) -> None:
-    """Have the first of several linears of one input compute all of them, where they are packed
-    and their kernel gains from that. For an `after_load` of the module that owns them; parameters
-    keep their names in the checkpoint, for they are joined only once they are loaded."""
-    packed = [linear for linear in linears if isinstance(linear, QuantLinear)]
-    for linear in packed:
-        linear.after_load()
-    first = packed[0] if packed else None
-    if first is None or len(packed) < len(linears) or first.joined:
-        return
-    kinds = {(one.kernel.name, one.group_size, one.bias is None) for one in packed}
-    if len(kinds) == 1 and first.kernel.joins:
-        first.absorb(packed[1:])
-
-
-def apply_joined(linears: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """All outputs of joined linears side by side, for x [..., K]; None if they are not joined."""
-    first = linears[0]
-    if not isinstance(first, QuantLinear) or not first.joined:
-        return None
-    out: Tensor = first(x)
-    return out
-
-
-def apply_all(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """The outputs of several linears of one input [..., K]; those of joined ones are views of one
-    tensor."""
-    first = linears[0]
-    together = apply_joined(linears, x)
-    if together is None or not isinstance(first, QuantLinear):
-        return [linear(x) for linear in linears]
-    return together.split(first.joined, dim=-1)
-
-
-def apply_gated(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
-    """`silu(gate(x)) * up(x)`, [..., K] -> [..., N]."""
-    if isinstance(gate, QuantLinear) and len(set(gate.joined)) == 1:
-        together = gate.gated(x)
-        if together is not None:
-            return together
-    opened, passed = apply_all((gate, up), x)
-    # In place: the two [..., N] tensors are the peak of a decoder layer.
-    return F.silu(opened, inplace=True).mul_(passed)

@@ -147,18 +147,37 @@ def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> 
     return linear_bytes(inputs, outputs, group, kernel) + 8 * piece + zeros
 
 
-def eight_bit_scratch_bytes(inputs: int, outputs: int) -> int:
-    """The same as `scratch_bytes` for 8-bit weights with a scale for every output: 16-bit weights
-    of a piece, or the sums of parts of the inputs."""
-    return 2 * max(min(EIGHT_BIT_PIECE, inputs * outputs), inputs * 64)
+def eight_bit_scratch_bytes(inputs: int, outputs: int, itemsize: int = 2) -> int:
+    """The same as `scratch_bytes` for 8-bit weights with a scale for every output: weights of the
+    activations' type of a piece with their scales, or the sums of parts of the inputs."""
+    piece = max(min(EIGHT_BIT_PIECE, inputs * outputs), inputs * 64)
+    return itemsize * (piece + piece // inputs)
+
+
+def rounded_bytes(inputs: int, outputs: int) -> int:
+    """Bytes held by 8-bit weights with a scale for every output."""
+    return inputs * outputs + outputs * 2
+
+
+ROUNDED_AT_ONCE = 1 << 20
+"""Weights that are rounded to 8 or 4 bits at a time."""
+
+
+def rounding_rows(inputs: int) -> int:
+    """Rows of as many inputs that are rounded at a time; a multiple of every block that weights
+    are ordered in."""
+    return max(64, min(1024, ROUNDED_AT_ONCE // inputs // 64 * 64))
+
+
+def rounding_bytes(inputs: int, outputs: int) -> int:
+    """Bytes that rounding takes besides what is held, at most: the rows that are being read and
+    rounded, a few times over in wider types."""
+    return 24 * inputs * min(outputs, rounding_rows(inputs))
 
 
 HeadBits = Literal[4, 8]
 HEAD_GROUP = 32
 """Inputs of one row of a 4-bit head that share a scale and an offset."""
-
-HEAD_PIECE_ROWS = 1024
-"""Rows rounded at a time; a multiple of every block that weights are ordered in."""
 
 HEAD_OPTIONS: dict[str, HeadBits] = {"head4": 4, "head8": 8}
 """Names of the options that round the head, the faster first."""
@@ -194,11 +213,5 @@ def choose_head(
 def head_bytes(inputs: int, outputs: int, bits: HeadBits) -> int:
     """Bytes held by a rounded head."""
     if bits == 8:
-        return inputs * outputs + outputs * 2
+        return rounded_bytes(inputs, outputs)
     return inputs * outputs // 2 + inputs // HEAD_GROUP * outputs * 4
-
-
-def head_loading_bytes(inputs: int, outputs: int) -> int:
-    """Bytes that loading a rounded head takes besides itself, at most: the rows that are being
-    read and rounded, a few times over in wider types."""
-    return 24 * inputs * min(outputs, HEAD_PIECE_ROWS)

@@ -34,8 +34,9 @@ class Context:
 
     `constants` are what the vocoder of any request needs and one of them has made.
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
-    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name,
-    `recorded` the bytes of recorded steps by part.
+    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name, `recorded` the
+    bytes of recorded steps by part; `option_errors` has what each option in effect costs, see
+    `Report`.
     """
 
     device: Device
@@ -50,6 +51,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     recorded: dict[str, int] = field(default_factory=dict)
+    option_errors: dict[str, float] = field(default_factory=dict)
     _using: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,9 @@ class Context:
 
     def stream_more(self, part: str) -> Placement | None:
         """Place the part with fewer units that stay, to be loaded anew; None where no fewer bytes
-        would."""
+        would, or it cannot stream."""
+        if not self.loader.streams(part):
+            return None
         sizes = self.loader.unit_bytes(part)
         now = self.placements.get(part)
         # The first units that stream only pay for the slabs that they stream through.

@@ -57,7 +57,6 @@ class Run:
     first_text_s: float | None = None
     first_audio_s: float | None = None
     total_s: float = 0.0
-    head_error: float | None = None
 
     def events(self) -> Iterator[TextDelta | AudioChunk]:
         """Text as it is written and speech as it is vocoded. Closing it stops the work."""
@@ -137,7 +136,6 @@ class Run:
 
     def _read(self, thinking: Thinking, speaking: Speaking | None) -> None:
         states = thinking.read()
-        self.head_error = thinking.head_error
         if speaking is not None and states is not None:
             speaking.prompt(states)
 

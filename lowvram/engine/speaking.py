@@ -21,6 +21,7 @@ from lowvram.checkpoint import Checkpoint
 from lowvram.engine.context import Context
 from lowvram.engine.ladder import Ladder
 from lowvram.engine.pieces import VocodeSettings
+from lowvram.engine.roundoff import judged_talker, judged_vocoder
 from lowvram.engine.talk import TalkLoop, codec_sampler
 from lowvram.engine.vocode import NoiseSource, SpeechPiece, SpeechStream
 from lowvram.engine.voice import Voice
@@ -125,8 +126,7 @@ class Speaking:
     def _talk(self, state: Tensor) -> Sequence[int]:
         """The Talker hears one more state; the codes that are known by then."""
         if self._loop is None:
-            self._loop = self._open_talker()
-            self._loop.begin(state)
+            self._loop = self._open_talker(state)
             self._prompt = None
             if self._talks_early:
                 self._context.let_go("states")
@@ -159,8 +159,9 @@ class Speaking:
             self._sounded += len(piece.codes)
             yield SpeechPiece(piece.samples, tuple(self.codes[said : self._sounded]))
 
-    def _open_talker(self) -> TalkLoop:
-        """The Talker on the device, and the vocoder beside it where the plan holds both."""
+    def _open_talker(self, first: Tensor) -> TalkLoop:
+        """The Talker on the device, and the vocoder beside it where the plan holds both; it has
+        heard the prompt and the first state."""
         context, config = self._context, self._checkpoint.config.talker
         assert config is not None and self._prompt is not None
         tokens = len(self._prompt) + 2 + self._settings.codes
@@ -171,7 +172,7 @@ class Speaking:
             cache = self._talker.enter_context(
                 context.kv_cache("talker", "talker", config.decoder, tokens)
             )
-        return TalkLoop(
+        loop = TalkLoop(
             context,
             model,
             cache,
@@ -184,10 +185,14 @@ class Speaking:
             max_codes=self._settings.codes,
             chunk=context.plan.chunks["talker"],
         )
+        with judged_talker(context, model):
+            loop.begin(first)
+        return loop
 
     def _open_stream(self) -> SpeechStream:
         context = self._context
         token2wav = self._everything.enter_context(context.use("token2wav", Token2Wav))
+        self._everything.enter_context(judged_vocoder(context, token2wav))
         settings = VocodeSettings.of_request(self._settings)
         noise = NoiseSource(self._seeds.noise)
         stream = SpeechStream(token2wav, self._voice, noise, settings, context.constants)

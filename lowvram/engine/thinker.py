@@ -8,6 +8,7 @@ import torch
 from lowvram.engine.context import Context
 from lowvram.engine.host_kv import HostKVCache
 from lowvram.engine.passes import DecoderPasses
+from lowvram.engine.roundoff import rounding_error
 from lowvram.models.head import PiecewiseHead
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.text import ThinkerText
@@ -15,9 +16,6 @@ from lowvram.parts import HEAD
 from lowvram.quant import RoundedHead, kernel_phase
 
 PART = "text"
-
-HEAD_SAMPLE = 256
-"""Rows of the head by which its rounding is judged."""
 
 
 class Thinker:
@@ -29,8 +27,6 @@ class Thinker:
         self._context = context
         self._model = model
         self._passes = DecoderPasses(context, PART, model.model, cache, chunk)
-        self.head_error: float | None = None
-        """Of a rounded head: relative error of the logits of the prompt's last position."""
 
     def prefill(
         self, embeds: torch.Tensor, positions: np.ndarray, states: torch.Tensor | None
@@ -52,7 +48,7 @@ class Thinker:
         hidden = self._passes.prefill(feed, positions, states)
         with kernel_phase("prefill"):
             logits = self._logits(hidden)
-            self.head_error = self._head_error(hidden, logits)
+            self._judge_head(hidden, logits)
         return logits
 
     def step(self, embed: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,12 +69,9 @@ class Thinker:
                 scores.append(piece(hidden))
         return torch.cat(scores, dim=-1).float()
 
-    def _head_error(self, hidden: torch.Tensor, logits: torch.Tensor) -> float | None:
-        """Against the head in the file, of which some rows are read; None if it is not rounded."""
+    def _judge_head(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Leave with the context by how much a rounded head moves the prompt's last logits."""
         head = self._model.lm_head
-        if not isinstance(head, RoundedHead) or not head.rounded:
-            return None
-        rows = range(0, head.out_features, max(1, head.out_features // HEAD_SAMPLE))
-        stored = self._context.store.rows(f"{HEAD}.weight", list(rows)).float()
-        exact = hidden.float() @ stored.T
-        return float((logits[:, list(rows)] - exact).norm() / exact.norm())
+        if isinstance(head, RoundedHead) and head.rounded:
+            error = rounding_error(self._context.store, HEAD, hidden, logits)
+            self._context.option_errors[f"head{head.bits}"] = error

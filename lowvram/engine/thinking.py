@@ -40,8 +40,7 @@ class Thinking:
             states = thinking.read()
             for step in thinking.steps(draw): ...
 
-    `tokens` takes those that are drawn, with the one that ends the reply. Of a head that is rounded
-    `head_error` is the relative error of the logits of the prompt's last position.
+    `tokens` takes those that are drawn, with the one that ends the reply.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Thinking:
         self._thinker: Thinker | None = None
         self._logits: Tensor | None = None
         self.tokens = tokens
-        self.head_error: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +95,6 @@ class Thinking:
                 )
                 self._thinker = Thinker(context, model, cache, context.plan.chunks["text"])
                 self._logits = self._thinker.prefill(embeds, prompt.positions, states)
-                self.head_error = self._thinker.head_error
             if states is None:
                 return None
             embeds.index_fill_(0, media_slots(prompt).to(context.host), 0)

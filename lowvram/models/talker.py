@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowvram.config import TalkerConfig
 from lowvram.models.kv_cache import KVCache
-from lowvram.models.linear import dense
+from lowvram.models.linear import LinearFactory, dense
 from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder
 
@@ -15,19 +15,20 @@ from lowvram.models.text import Decoder
 class TalkerDecoder(Decoder):
     """A decoder that holds its own embedding, as wide as the Thinker's states."""
 
-    def __init__(self, config: TalkerConfig) -> None:
-        super().__init__(config.decoder, dense, "talker.model")
+    def __init__(self, config: TalkerConfig, linear: LinearFactory) -> None:
+        super().__init__(config.decoder, linear, "talker.model")
         self.embed_tokens = nn.Embedding(config.decoder.vocab_size, config.embedding_size)
 
 
 class Talker(nn.Module):
-    """Parameters are named as in the checkpoint, after `talker.`."""
+    """Parameters are named as in the checkpoint, after `talker.`; `linear` makes those of the
+    layers, which are nearly all of it."""
 
-    def __init__(self, config: TalkerConfig) -> None:
+    def __init__(self, config: TalkerConfig, linear: LinearFactory = dense) -> None:
         super().__init__()
         decoder = config.decoder
         self.thinker_to_talker_proj = nn.Linear(config.embedding_size, decoder.hidden_size)
-        self.model = TalkerDecoder(config)
+        self.model = TalkerDecoder(config, linear)
         self.codec_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
 
     def embed(self, codes: Tensor) -> Tensor:

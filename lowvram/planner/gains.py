@@ -7,11 +7,9 @@ from dataclasses import replace
 
 from lowvram.conversation import PromptShape
 from lowvram.offload import guard_bytes
+from lowvram.planner.allowed import HEADS, OPTIONS
 from lowvram.planner.choices import Choices
 from lowvram.planner.question import Question
-
-LATER = ("head8", "head4", "talker8", "kv8", "vocoder16")
-"""Options that change results and that this version does not use, or not on every device."""
 
 
 def minimum_budget(peak: int) -> int:
@@ -24,25 +22,40 @@ def minimum_budget(peak: int) -> int:
 
 def smallest_budget(question: Question) -> int:
     """The smallest budget for the question."""
-    return minimum_budget(Choices(question.request(), question.facts, "pinned").smallest())
+    ways = (Choices(way.request(), way.facts, "pinned") for way in question.ways())
+    return min(minimum_budget(choices.smallest()) for choices in ways)
 
 
 def cheaper(question: Question, minimum: int) -> dict[str, int]:
     """The smallest budget with each change that would need less than `minimum`, by flag."""
     needed = {knob: smallest_budget(changed) for knob, changed in _knobs(question)}
-    return {knob: size for knob, size in needed.items() if size < minimum}
+    found = {knob: size for knob, size in needed.items() if size < minimum}
+    return found | {f"--allow {names}": size for names, size in gains(question, minimum).items()}
 
 
-def later_gains(question: Question, minimum: int) -> dict[str, int]:
-    """The smallest budget with each option that is not used and would lower it."""
-    rounded = question.head is not None and question.head.bits is not None
-    names = [name for name in LATER if not (rounded and name.startswith("head"))]
-    needed = {name: smallest_budget(question.with_later(name)) for name in names}
+def gains(question: Question, minimum: int) -> dict[str, int]:
+    """The smallest budget with each option that is not allowed and would lower it; with all of
+    them, where that would lower it further."""
+    names = untried(question)
+    needed = {name: smallest_budget(question.allowing(name)) for name in names}
     found = {name: size for name, size in needed.items() if size < minimum}
-    together = smallest_budget(question.with_later(*names))
-    if together < min(found.values(), default=minimum):
-        found[" and ".join(names)] = together
+    if len(names) > 1:
+        together = smallest_budget(question.allowing(*names))
+        if together < min(found.values(), default=minimum):
+            found[",".join(names)] = together
     return found
+
+
+def untried(question: Question) -> list[str]:
+    """Options that are not allowed and would have an effect here."""
+    names = [
+        name
+        for name in OPTIONS
+        if name not in question.allow and question.allowing(name).refused(name) is None
+    ]
+    if question.head is not None and question.head.bits is not None:
+        return [name for name in names if name not in HEADS]
+    return [name for name in names if name != "head8" or "head4" not in names]
 
 
 def _knobs(question: Question) -> Iterator[tuple[str, Question]]:

@@ -7,8 +7,8 @@ No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,14 @@ from lowvram.config import OmniConfig
 from lowvram.models.head_rows import head_piece_rows
 from lowvram.offload import blob_bytes
 from lowvram.quant import (
-    HeadBits,
+    HEAD_OPTIONS,
     KernelName,
+    eight_bit_scratch_bytes,
     head_bytes,
-    head_loading_bytes,
     linear_bytes,
     loading_bytes,
+    rounded_bytes,
+    rounding_bytes,
     scratch_bytes,
 )
 from lowvram.specs import VOICE_FRAMES
@@ -39,6 +41,10 @@ from lowvram.tensors import (
 
 if TYPE_CHECKING:
     from lowvram.checkpoint import Checkpoint
+
+
+DIT_LAYERS = "code2wav_dit_model.transformer_blocks."
+"""In the names of what `vocoder16` holds in 16 bits, but for the modulations' biases."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class PartSizes:
     `loading` is what bringing it to the device takes besides it, `scratch` what computing with
     packed weights takes besides them, `scratch_streamed` the same where some are streamed.
     `passing` is read when the part is used, if an earlier request has not, and never held.
+    `rounded` counts 8-bit weights.
     """
 
     rest: int
@@ -71,6 +78,7 @@ class PartSizes:
     scratch: int = 0
     scratch_streamed: int = 0
     passing: int = 0
+    rounded: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -81,11 +89,6 @@ class PartSizes:
     def packed(self) -> int:
         """4-bit weights of all of it."""
         return sum(unit.packed for unit in self.units)
-
-    def halved(self) -> PartSizes:
-        """The same with weights of half the bytes each."""
-        units = tuple(Unit(unit.held // 2, unit.blob // 2, unit.packed) for unit in self.units)
-        return replace(self, rest=self.rest // 2, units=units, passing=self.passing // 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,23 +123,24 @@ class ModelFacts:
         part: Part,
         itemsize: int,
         kernel: KernelName = "reference",
-        head: HeadBits | None = None,
+        used: Collection[str] = (),
         *,
         aligned: bool = False,
     ) -> PartSizes:
         """Bytes of a part whose weights are held at `itemsize` bytes each; counted once.
 
-        Token2wav is always float32. Packed linears take what `kernel` holds of them where they
-        stay; `head` are the bits that the Thinker's head is rounded to, which makes it no unit.
-        `aligned`: the device gives every tensor a multiple of what blobs are aligned to.
+        Token2wav is float32, but for `vocoder16`. Packed linears take what `kernel` holds of them
+        where they stay; `used` are options (see `allowed.py`), of which one that rounds the
+        Thinker's head makes it no unit. `aligned`: the device gives every tensor a multiple of what
+        blobs are aligned to.
         """
-        key = part, itemsize, kernel, head, aligned
+        key = part, itemsize, kernel, frozenset(used), aligned
         if key not in self._counted:
-            self._counted[key] = self._part_sizes(part, itemsize, kernel, head, aligned)
+            self._counted[key] = self._part_sizes(*key)
         return self._counted[key]
 
     @cached_property
-    def _counted(self) -> dict[tuple[Part, int, KernelName, HeadBits | None, bool], PartSizes]:
+    def _counted(self) -> dict[tuple[Part, int, KernelName, frozenset[str], bool], PartSizes]:
         return {}
 
     def _part_sizes(
@@ -144,11 +148,13 @@ class ModelFacts:
         part: Part,
         itemsize: int,
         kernel: KernelName,
-        head: HeadBits | None,
+        used: frozenset[str],
         aligned: bool,
     ) -> PartSizes:
         space = _aligned if aligned else _exact
+        eight = part == "talker" and "talker8" in used
         size = 4 if part == "token2wav" else itemsize
+        halves = "vocoder16" in used
         rest = passing = 0
         layers: dict[int, dict[str, Shape]] = {}
         for name, shape in self._by_part.get(part, {}).items():
@@ -158,12 +164,16 @@ class ModelFacts:
             elif name.endswith(PASSING_NAMES):
                 passing += math.prod(shape) * size
             elif name != HEAD_NAME:
-                rest += space(math.prod(shape) * size)
-        units = [self._layer(layers[index], size, kernel, space) for index in sorted(layers)]
+                halved = halves and DIT_LAYERS in name and ".attn_norm." not in name
+                rest += space(math.prod(shape) * (2 if halved else size))
+        units = [self._layer(layers[i], size, kernel, space, eight) for i in sorted(layers)]
         count = len(units)
+        if eight:
+            return _rounded(rest, units, layers.values(), size)
         if part != "text":
             return PartSizes(rest, tuple(units), count, passing=passing)
         text = self.config.thinker.text
+        head = next((bits for name, bits in HEAD_OPTIONS.items() if name in used), None)
         if head is None:
             units += _head_pieces(text.vocab_size, text.hidden_size, size)
         else:
@@ -174,7 +184,7 @@ class ModelFacts:
             count,
             loading=max(
                 self._largest_of_blocks(kernel, _loading),
-                head_loading_bytes(text.hidden_size, text.vocab_size) if head else 0,
+                rounding_bytes(text.hidden_size, text.vocab_size) if head else 0,
             ),
             scratch=max(
                 self._largest_of_blocks(kernel, _scratch), self._scratch_of_refused(kernel)
@@ -188,6 +198,7 @@ class ModelFacts:
         size: int,
         kernel: KernelName,
         space: Callable[[int], int],
+        eight: bool,
     ) -> Unit:
         group = self.config.quant.group_size if self.config.quant else 1
         held = packed = 0
@@ -199,7 +210,9 @@ class ModelFacts:
             blob.append(nbytes)
             if kind == "qweight":
                 packed += nbytes * 2
-            if kind not in stored or kernel == "reference":
+            if eight and len(shape) == 2:
+                held += space(math.prod(shape)) + space(2 * shape[0])
+            elif kind not in stored or kernel == "reference":
                 held += space(nbytes)
             elif kind == "qweight":
                 inputs, outputs = shape[0], shape[1] * 8
@@ -235,6 +248,27 @@ class ModelFacts:
     @cached_property
     def _linears(self) -> dict[str, tuple[int, int, bool]]:
         return thinker_linears(self.config.thinker)
+
+
+def _rounded(
+    rest: int, units: Sequence[Unit], layers: Iterable[Mapping[str, Shape]], size: int
+) -> PartSizes:
+    """Of a part whose layers' linears are of 8 bits; those of one block and input may be joined."""
+    joined: dict[tuple[str, int], int] = {}
+    for tensors in layers:
+        for name, shape in tensors.items():
+            if len(shape) == 2:
+                block = name.rpartition(".")[0].rpartition(".")[0], shape[1]
+                joined[block] = joined.get(block, 0) + shape[0]
+    shapes = {(inputs, outputs) for (_, inputs), outputs in joined.items()}
+    return PartSizes(
+        rest,
+        tuple(units),
+        len(units),
+        loading=max(max(rounding_bytes(*one), rounded_bytes(*one)) for one in shapes),
+        scratch=max(eight_bit_scratch_bytes(*one, size) for one in shapes),
+        rounded=sum(inputs * outputs for (_, inputs), outputs in joined.items()),
+    )
 
 
 def _exact(nbytes: int) -> int:

@@ -140,7 +140,8 @@ class PartOptions:
         # A chunk that takes the whole prompt is as good as a larger one.
         chunks = [chunk for chunk in CHUNKS if chunk == CHUNKS[0] or chunk < tokens]
         homes: Sequence[Home] = ("device",) if self._request.host_is_device else ("device", "host")
-        yield from product(homes, chunks, (False, True))
+        streams = (False,) if self._part in self._request.whole else (False, True)
+        yield from product(homes, chunks, streams)
 
     def _every_way(self) -> Iterator[_Way]:
         rates, request = self._rates, self._request

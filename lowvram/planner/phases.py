@@ -65,12 +65,14 @@ class PhaseLoad:
 class Request:
     """One request to one model on one type of device, before anything is decided.
 
-    `itemsize` is that of the activations, `kv_itemsize` that of keys and values. `host_is_device`:
-    on the CPU the prompt's embeddings and states count against the budget; else they wait on the
-    host and cost the device nothing. `unpacks`: packed linears that stay are de-quantized for
-    every product, `unpacks_streamed` those that stream. `converted` parts are stored in another
-    type, and read through memory that counts. `settings` name their bounds. `kept_bytes` count in
-    every phase; where it is `modulated`, the vocoder's modulations are among them on the CPU.
+    `itemsize` is that of the activations, `kv_itemsize` that of keys and values, `dit_itemsize`
+    that of the DiT's layers. `host_is_device`: on the CPU the prompt's embeddings and states count
+    against the budget; else they wait on the host and cost the device nothing. `unpacks`: packed
+    linears that stay are de-quantized for every product, `unpacks_streamed` those that stream,
+    `widens` those that options rounded, for want of a product of 8 bits. `whole` parts cannot
+    stream. `converted` parts are stored in another type, and read through memory that counts.
+    `settings` name their bounds. `kept_bytes` count in every phase; where it is `modulated`, the
+    vocoder's modulations are among them on the CPU.
     """
 
     model: ModelFacts
@@ -83,6 +85,9 @@ class Request:
     unpacks: bool
     unpacks_streamed: bool
     host_is_device: bool
+    widens: bool = False
+    dit_itemsize: int = 4
+    whole: frozenset[Part] = frozenset()
     converted: frozenset[Part] = frozenset()
     kept_bytes: int = 0
     modulated: bool = False
@@ -200,11 +205,11 @@ class Request:
             name="talk",
             modules=("talker",),
             kv=self._kv_bytes("talker", kv),
-            workspace=self.reading("talker") if streams else 0,
+            workspace=self.reading("talker") if streams else self.sizes["talker"].scratch,
             carry=carry,
             activations=work,
             kept=laws.waiting_bytes(config.decoder, self.kernels),
-            loading=self.reading("talker"),
+            loading=max(self.sizes["talker"].loading, self.reading("talker")),
         )
 
     @property
@@ -231,9 +236,16 @@ class Request:
             self.settings.codes,
             self.model.voice_frames,
             self.kernels,
+            itemsize=self.dit_itemsize,
             modulated=modulated,
         )
-        kept = vocode_kept_bytes(config.dit, self.pieces, self.settings.codes, modulated=modulated)
+        kept = vocode_kept_bytes(
+            config.dit,
+            self.pieces,
+            self.settings.codes,
+            itemsize=self.dit_itemsize,
+            modulated=modulated,
+        )
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),

@@ -40,14 +40,14 @@ class Plan:
     """What a request needs and where each module will be.
 
     `residency` maps a module to `resident` (stays between requests), `on demand` (loaded when its
-    `residency` maps a module to `resident` (stays between requests), `on demand` (loaded when its
     phase begins, dropped when it ends), `streamed: n of m layers stay` (on demand as well, and its
     other layers come through slabs for every pass), `host` (its rows are read on the host) or
     `unused`. `placements` has what is streamed, part by part; `chunks` the prompt tokens that go
     through a decoder at a time ("text", "talker"); `kv` where keys and values wait ("thinker",
     "talker"). `host_bytes` is the host memory it takes besides the interpreter's: copies of
     streamed layers, keys and values, prompt embeddings and states. `knobs` has the smallest budget
-    with each change that would need less, by flag. `fits` means predicted peak + guard <= budget.
+    with each change that would need less, by flag; `used` the allowed options that are in effect.
+    `fits` means predicted peak + guard <= budget.
     """
 
     fits: bool
@@ -69,6 +69,7 @@ class Plan:
     kv: Mapping[str, Literal["device", "host"]] = field(default_factory=dict)
     host_bytes: int = 0
     prompt_tokens: int = 0
+    used: tuple[str, ...] = ()
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name; an interleaved one is named by its parts joined with `+`."""

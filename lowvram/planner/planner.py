@@ -6,12 +6,12 @@ for what everything holds, `seconds.py` for how long it takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from lowvram.conversation import PromptShape
-from lowvram.errors import UsageError
 from lowvram.offload import Budget, Placement, format_size, host_memory
+from lowvram.planner.allowed import OPTIONS, check_options, options_of
 from lowvram.planner.choices import ENDLESS, MODULES, Choice, Choices
 from lowvram.planner.device import (
     DeviceFacts,
@@ -31,10 +31,6 @@ from lowvram.planner.rows import moved_bytes, phase_rows
 from lowvram.planner.streaming import Cut, Source
 from lowvram.settings import GenerationSettings
 from lowvram.tensors import Part
-
-HEADS = ("head8", "head4")
-OPTIONS = (*HEADS, "talker8", "kv8", "vocoder16")
-"""Names that `allow` takes: options that change results, and are used only where named."""
 
 
 def plan_request(
@@ -92,6 +88,7 @@ def make_plan(
     dtype: DtypeChoice,
     allow: Sequence[str] = (),
     on_device: frozenset[str] = frozenset(),
+    made_with: Collection[str] | None = None,
     kernel: Kernel = "auto",
     host_free: int | None = None,
     limits: Limits = ANY,
@@ -101,11 +98,11 @@ def make_plan(
     """The plan for a request within `budget`; `fits` is False where none does.
 
     `kernel`: `reference` plans for packed linears that are computed by de-quantizing, everywhere.
-    `on_device` are the modules that an earlier request left there; the plan keeps those that this
-    one does not use, as far as they fit. `host_free` are the bytes of host memory that may be used
-    (what is free), `limits` what may be chosen for the Thinker. `kept_bytes` are what an earlier
-    request left on the host; `modulated` says that with it the vocoder's passing weights need not
-    be read.
+    `on_device` are the modules that an earlier request left there, `made_with` the options they
+    were built with (by default those of this plan); the plan keeps those that this one does not
+    use, as far as they fit. `host_free` are the bytes of host memory that may be used (what is
+    free), `limits` what may be chosen for the Thinker. `kept_bytes` are what an earlier request
+    left on the host; `modulated` says that with it the vocoder's passing weights need not be read.
 
     Raises:
         UsageError: an unknown option; a prompt beyond the model's window.
@@ -124,17 +121,20 @@ def make_plan(
     )
     question.check()
     free = host_memory()[1] if host_free is None else host_free
-    kept = [part for part in MODULES if part in on_device]
     first: Source = "file" if facts.type == "cpu" else "pinned"
-    choices = Choices(question.request(), facts, first, kept)
-    minimum = minimum_budget(choices.smallest(limits))
+    ways = [_Way(way, first, on_device, made_with) for way in question.ways()]
+    needed = [minimum_budget(way.choices.smallest(limits)) for way in ways]
+    minimum = min(needed)
+    fitting = [way for way, need in zip(ways, needed, strict=True) if need <= budget.budget_bytes]
+    way = fitting[0] if fitting else ways[needed.index(minimum)]
+    question, choices, on_device = way.question, way.choices, way.there
     room = budget.budget_bytes - budget.guard_bytes
     choice = _choose(choices, room, limits)
     source, why = source_for(
         facts.type, moved_per_pass(choice), waiting_bytes(choices.request, choice), free
     )
     if source != first:
-        choices = Choices(choices.request, facts, source, kept)
+        choices = Choices(choices.request, facts, source, way.kept)
         choice = _choose(choices, room, limits)
     rows = phase_rows(choices, choice, on_device)
     return Plan(
@@ -157,7 +157,30 @@ def make_plan(
         kv={KV_NAMES[part]: option.kv for part, option in choice.options.items()},
         prompt_tokens=shape.tokens,
         host_bytes=copies_bytes(choice, choices.source) + waiting_bytes(choices.request, choice),
+        used=tuple(name for name in OPTIONS if name in question.used),
     )
+
+
+class _Way:
+    """The choices there are with some of the allowed options in effect; `there` are modules on the
+    device that are built with just these, `kept` the same in the order of the phases."""
+
+    def __init__(
+        self,
+        question: Question,
+        source: Source,
+        on_device: frozenset[str],
+        made_with: Collection[str] | None,
+    ) -> None:
+        self.question = question
+        before = question.used if made_with is None else made_with
+        self.there = frozenset(
+            part
+            for part in on_device
+            if options_of(part, before) == options_of(part, question.used)
+        )
+        self.kept = [part for part in MODULES if part in self.there]
+        self.choices = Choices(question.request(), question.facts, source, self.kept)
 
 
 KV_NAMES: dict[Part, str] = {"text": "thinker", "talker": "talker"}
@@ -192,12 +215,3 @@ def _streamed(sizes: PartSizes, cut: Cut) -> str:
     layers, pieces = sizes.layers, len(sizes.units) - sizes.layers
     said = f"streamed: {layers - cut.layers} of {layers} layers stay"
     return said + (f", {pieces - cut.pieces} of {pieces} pieces of its head" if pieces else "")
-
-
-def check_options(allow: Sequence[str]) -> None:
-    """Raises UsageError for a name that is none of `OPTIONS`."""
-    for name in allow:
-        if name not in OPTIONS:
-            raise UsageError(
-                f"unknown option {name!r} in allow; wanted some of {', '.join(OPTIONS)}"
-            )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lowvram.conversation import PromptShape, check_window
 from lowvram.errors import UsageError
+from lowvram.planner.allowed import options_of
 from lowvram.planner.choices import MODULES
 from lowvram.planner.device import DeviceFacts, DtypeChoice
 from lowvram.planner.kernels import kernels_of
@@ -16,7 +17,6 @@ from lowvram.planner.phases import ITEMSIZE, Request
 from lowvram.quant import (
     HEAD_OPTIONS,
     STREAMING,
-    HeadBits,
     HeadChoice,
     KernelChoice,
     choose_head,
@@ -32,9 +32,8 @@ Kernel = Literal["auto", "reference"]
 class Question:
     """A request to a model on a device.
 
-    `settings` name their bounds. `allow` are options that may change results, `later` those of them
-    that no engine knows yet and whose effect on memory is wanted all the same. `kept_bytes` and
-    `modulated` are as for `make_plan`.
+    `settings` name their bounds. `allow` are options that may change results, `used` those of them
+    that are in effect; see `ways`. `kept_bytes` and `modulated` are as for `make_plan`.
     """
 
     model: ModelFacts
@@ -44,7 +43,7 @@ class Question:
     dtype: DtypeChoice
     allow: tuple[str, ...] = ()
     kernel: Kernel = "auto"
-    later: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()
     kept_bytes: int = 0
     modulated: bool = False
 
@@ -59,6 +58,27 @@ class Question:
         """How the Thinker's head is rounded; None where nothing that would do so is allowed."""
         text = self.model.config.thinker.text
         return choose_head(self.allow, self.packed_kernel.name, text.hidden_size, text.vocab_size)
+
+    def ways(self) -> list[Question]:
+        """The question with every allowed option in effect that can be, and, because a rounded
+        Talker cannot be streamed from the file, without `talker8`; the better first."""
+        used = frozenset(name for name in self.allow if self.refused(name) is None)
+        ways = [used, used - {"talker8"}] if "talker8" in used else [used]
+        return [replace(self, used=some) for some in ways]
+
+    def refused(self, name: str) -> str | None:
+        """Why an option has no effect on this device; None if it has."""
+        if name == "kv8":
+            return f"{name} is allowed; not used on {self.facts.type} by this version"
+        if name not in HEAD_OPTIONS:
+            return None
+        if self.head is None:
+            return None
+        if self.head.bits is None:
+            return self.head.reason
+        if self.head.bits != HEAD_OPTIONS[name]:
+            return f"{name} is not used: another option rounds the head"
+        return None
 
     def check(self) -> None:
         """
@@ -88,10 +108,13 @@ class Question:
             settings=self.settings,
             sizes={part: self._sizes(part, size) for part in MODULES},
             itemsize=size,
-            kv_itemsize=1 if "kv8" in self.later else size,
+            kv_itemsize=size,
             kernels=kernels_of(self.facts.type),
             unpacks=self.packed_kernel.name == "reference",
             unpacks_streamed=self.packed_kernel.name not in STREAMING,
+            widens=self.packed_kernel.name not in ("cpu", "native", "triton"),
+            dit_itemsize=2 if "vocoder16" in self.used else 4,
+            whole=frozenset({"talker"} if "talker8" in self.used else ()),
             host_is_device=self.facts.type == "cpu",
             kept_bytes=self.kept_bytes if self.facts.type == "cpu" else 0,
             modulated=self.modulated,
@@ -105,30 +128,28 @@ class Question:
         if self.facts.type != "cpu":
             return frozenset()
         changed = self.model.stored_dtype != self.dtype.name
-        vocoder: set[Part] = {"token2wav"} if self.model.packed else set()
+        vocoder: set[Part] = (
+            {"token2wav"} if self.model.packed or "vocoder16" in self.used else set()
+        )
         others = {part for part in MODULES if part != "token2wav"} if changed else set()
         return frozenset(others | vocoder)
+
+    def stored_sizes(self, part: Part) -> PartSizes:
+        """Of a part that is built without any option."""
+        return replace(self, used=frozenset())._sizes(part, ITEMSIZE[self.dtype.name])
 
     def _sizes(self, part: Part, itemsize: int) -> PartSizes:
         sizes = self.model.part_sizes(
             part,
             itemsize,
             self.packed_kernel.name,
-            self._head_bits,
+            options_of(part, self.used),
             aligned=self.facts.type in ("cuda", "npu"),
         )
         if part == "token2wav" and self.modulated:
             sizes = replace(sizes, passing=0)
-        halved = {"talker8": "talker", "vocoder16": "token2wav"}
-        return sizes.halved() if any(halved.get(name) == part for name in self.later) else sizes
+        return sizes
 
-    @property
-    def _head_bits(self) -> HeadBits | None:
-        for name, bits in HEAD_OPTIONS.items():
-            if name in self.later:
-                return bits
-        return self.head.bits if self.head else None
-
-    def with_later(self, *names: str) -> Question:
-        """The same question as if those options existed and were allowed."""
-        return replace(self, later=frozenset(names))
+    def allowing(self, *names: str) -> Question:
+        """The same question with those options allowed too."""
+        return replace(self, allow=(*self.allow, *names))

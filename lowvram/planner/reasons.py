@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lowvram.offload import Budget, format_size
+from lowvram.planner.allowed import CONCERNS, HEADS
 from lowvram.planner.choices import MODULES, Choice, Choices
-from lowvram.planner.gains import later_gains, minimum_budget
+from lowvram.planner.gains import gains, minimum_budget, untried
 from lowvram.planner.options import Limits, Option
 from lowvram.planner.plan import PhasePlan
 from lowvram.planner.question import Question
@@ -35,7 +36,7 @@ def reasons(
         lines.append(f"streamed units come from {why_source}")
     lines += _speech(choices, choice)
     lines += _times(choices, choice, rows)
-    lines += _later(question, choices, choice, budget, minimum, fits)
+    lines += _options(question, choices, choice, budget, minimum, fits)
     facts = question.facts
     if facts.assumed:
         lines.append(f"context {format_size(facts.context_bytes)} is assumed, not measured")
@@ -43,8 +44,6 @@ def reasons(
     if question.model.packed:
         packed = question.packed_kernel
         lines.append(f"packed linears, {packed.name}: {packed.reason}")
-    if question.head is not None:
-        lines.append(question.head.reason)
     return tuple(lines)
 
 
@@ -133,7 +132,7 @@ def _about(number: float) -> str:
     return f"{number:.2g}"
 
 
-def _later(
+def _options(
     question: Question,
     choices: Choices,
     choice: Choice,
@@ -141,24 +140,40 @@ def _later(
     minimum: int,
     fits: bool,
 ) -> Iterator[str]:
-    """What options that are not used here would gain, where that would change something."""
-    unused = f"not used on {question.facts.type} by this version"
+    """What the allowed options do, and what others would gain where that would change anything."""
+    for name in dict.fromkeys(question.allow):
+        yield _effect(question, choices, name)
     if not fits:
-        for name, size in later_gains(question, minimum).items():
+        for names, size in gains(question, minimum).items():
             yield (
-                f"{name} would lower the smallest budget by {format_size(minimum - size)} to "
-                f"{format_size(size, round_up=True)}; {unused}"
+                f"{names} would lower the smallest budget by {format_size(minimum - size)} to "
+                f"{format_size(size, round_up=True)}, where allowed"
             )
     elif choice.talk is not None and choice.order != "together":
-        yield from _early_speech(question, choices, budget, unused)
-    for name in question.allow:
-        if not (question.head and name.startswith("head")):
-            yield f"{name} is allowed; {unused}"
+        yield from _early_speech(question, choices, budget)
 
 
-def _early_speech(
-    question: Question, choices: Choices, budget: Budget, unused: str
-) -> Iterator[str]:
+def _effect(question: Question, choices: Choices, name: str) -> str:
+    refused = question.refused(name)
+    if refused is not None:
+        return refused
+    if name in HEADS and question.head is not None:
+        return question.head.reason
+    if name not in question.used:
+        return (
+            f"{name} is not used: the Talker would have to stay whole while it talks, and does "
+            "not fit"
+        )
+    part = CONCERNS[name]
+    if part not in choices.used:
+        return f"{name}: the {part} is not used"
+    stored = question.stored_sizes(part).total
+    return (
+        f"{name}: {format_size(stored)} of the {part} become {format_size(choices.weights[part])}"
+    )
+
+
+def _early_speech(question: Question, choices: Choices, budget: Budget) -> Iterator[str]:
     """Thinker, Talker and vocoder at once: what speaking while the Thinker writes would need."""
     needed = minimum_budget(_together(choices))
     yield (
@@ -167,11 +182,11 @@ def _early_speech(
     )
     if needed <= budget.budget_bytes:
         return
-    for name in ("head8", "head4", "talker8", "kv8", "vocoder16"):
-        other = question.with_later(name)
+    for name in untried(question):
+        (other, *_) = question.allowing(name).ways()
         less = minimum_budget(_together(Choices(other.request(), other.facts, choices.source)))
         if less < needed:
-            yield f"{name} would take {format_size(needed - less)} off that; {unused}"
+            yield f"{name} would take {format_size(needed - less)} off that, where allowed"
 
 
 def _together(choices: Choices) -> int:

@@ -21,41 +21,47 @@ def vocode_bytes(
     voice_frames: int,
     kernels: Kernels,
     *,
+    itemsize: int = FLOAT,
     modulated: bool = False,
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames.
 
-    Where `modulated`, the modulations count elsewhere.
+    `itemsize` is that of the DiT's layers. Where `modulated`, the modulations count elsewhere.
     """
     window, frames = settings.largest_pass(codes, dit)
     times = _times(settings)
     kept = 0 if modulated else _modulation_bytes(dit, settings)
-    mel = vocode_kept_bytes(dit, settings, codes, modulated=True)
+    mel = vocode_kept_bytes(dit, settings, codes, itemsize=itemsize, modulated=True)
     known = _known_frames(dit, settings, codes)
     if settings.exact:
         # With the block that waited.
         window = min(known, window + dit.block_size)
-    states = 3 if settings.solver == "euler" else 7
+    flow = (3 if settings.solver == "euler" else 7) * window * dit.mel_dim * FLOAT
     moments = (
         # A row of one layer at a time, and the weight that makes it.
         (3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT,
-        mel + _dit_bytes(dit, window, known, kernels) + states * window * dit.mel_dim * FLOAT,
+        mel + _dit_bytes(dit, window, known, kernels, itemsize) + flow,
         mel + _bigvgan_bytes(bigvgan, frames),
     )
     return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + SMALL
 
 
 def vocode_kept_bytes(
-    dit: DiTConfig, settings: VocodeSettings, codes: int, *, modulated: bool = False
+    dit: DiTConfig,
+    settings: VocodeSettings,
+    codes: int,
+    *,
+    itemsize: int = FLOAT,
+    modulated: bool = False,
 ) -> int:
     """What is there between two pieces of speech of `codes` codes."""
     window, frames = settings.largest_pass(codes, dit)
     first = settings.piece_blocks(0) * dit.codes_per_block + max(1, settings.ahead(dit))
     pieces = settings.exact or codes >= first
-    past = _past_bytes(dit, settings.evaluations) if pieces else 0
+    past = _past_bytes(dit, settings.evaluations, itemsize) if pieces else 0
     mel = (window + frames) * dit.mel_dim * FLOAT
     if settings.exact:
-        past += _held_bytes(dit, settings.evaluations)
+        past += _held_bytes(dit, settings.evaluations, itemsize)
         states = EVALUATIONS_PER_STEP[settings.solver] * _known_frames(dit, settings, codes)
         mel += states * dit.mel_dim * FLOAT
     return (0 if modulated else _modulation_bytes(dit, settings)) + past + mel
@@ -78,16 +84,16 @@ def _modulation_bytes(config: DiTConfig, settings: VocodeSettings) -> int:
     return _times(settings) * (6 * config.num_hidden_layers + 2) * config.hidden_size * FLOAT
 
 
-def _past_bytes(config: DiTConfig, evaluations: int) -> int:
+def _past_bytes(config: DiTConfig, evaluations: int, itemsize: int) -> int:
     """Keys and values of a block, for both branches, of every layer that looks back."""
     values = config.block_size * config.num_attention_heads * config.head_dim
-    return evaluations * len(config.look_backward_layers) * 2 * 2 * values * FLOAT
+    return evaluations * len(config.look_backward_layers) * 2 * 2 * values * itemsize
 
 
-def _held_bytes(config: DiTConfig, evaluations: int) -> int:
+def _held_bytes(config: DiTConfig, evaluations: int, itemsize: int) -> int:
     """A block of what every layer that looks ahead takes in, for both branches."""
     values = config.block_size * config.hidden_size
-    return evaluations * len(config.look_ahead_layers) * 2 * values * FLOAT
+    return evaluations * len(config.look_ahead_layers) * 2 * values * itemsize
 
 
 def _voice_bytes(config: DiTConfig, frames: int) -> int:
@@ -102,8 +108,8 @@ def _voice_bytes(config: DiTConfig, frames: int) -> int:
     return 2 * frames * values * FLOAT + 12 * last * FLOAT
 
 
-def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels) -> int:
-    """One velocity evaluation (both guidance branches, fp32) over `frames` of the `known` mel
+def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels, itemsize: int) -> int:
+    """One velocity evaluation (both guidance branches) over `frames` of the `known` mel
     frames that the codes are embedded for."""
     width = config.hidden_size
     heads, dim = config.num_attention_heads, config.head_dim
@@ -119,7 +125,7 @@ def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels) -> 
 
     def output(blocks: int, keys: int) -> int:
         rows = 2 * blocks * heads
-        return kernels.attention_bytes(block, keys, rows, rows, dim, FLOAT) // FLOAT
+        return kernels.attention_bytes(block, keys, rows, rows, dim, itemsize) // itemsize
 
     layer = max(
         2 * frames * (2 * width + 3 * attended)
@@ -132,7 +138,12 @@ def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels) -> 
         2 * frames * (3 * width),
     )
     kept = known * (width // config.repeats + config.head_dim)
-    return (layer + kept) * FLOAT
+    if itemsize == FLOAT:
+        return (layer + kept) * FLOAT
+    # The way in and the last norm are in fp32, beside what the layers take or give.
+    ends = max(5 * frames * width * FLOAT, 2 * frames * width * (itemsize + 2 * FLOAT))
+    rows = 6 * config.num_hidden_layers * width
+    return max((layer + rows) * itemsize, ends) + kept * FLOAT
 
 
 def _bigvgan_bytes(config: BigVGANConfig, frames: int) -> int:

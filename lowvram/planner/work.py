@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowvram.config import DecoderConfig
 from lowvram.engine.pieces import passes
+from lowvram.planner.model import PartSizes
 from lowvram.planner.phases import Home, Request
 from lowvram.planner.seconds import EXPECTED_CODES, EXPECTED_TOKENS, UNPACKING_BYTES, Work
 from lowvram.planner.streaming import Cut, Source
@@ -74,10 +75,11 @@ def vocode_work(request: Request) -> Work:
     pieces = [one for one in steps if one.stage == "mel"]
     frames = sum(one.length for one in pieces) * dit.repeats
     weights = request.sizes["token2wav"].total
+    slower = HALVES if request.dit_itemsize == 4 else 1
     evaluations = settings.evaluations
     return Work(
         memory=len(pieces) * evaluations * weights,
-        compute=HALVES * 2 * 2 * frames * evaluations * weights / 4,
+        compute=slower * 2 * 2 * frames * evaluations * weights / request.dit_itemsize,
     )
 
 
@@ -90,9 +92,10 @@ def _prompt_work(
     queries = decoder.num_attention_heads * decoder.head_dim
     cache = tokens * request.kv_layer_bytes(part) * layers // request.kv_tokens(part)
     states = tokens * decoder.hidden_size * request.itemsize
+    converted = sizes.packed * UNPACKING_BYTES + _widened(request, sizes)
     by_layers = (streams or kv == "host") and not request.host_is_device
     return Work(
-        memory=chunks * (sizes.total + sizes.packed * UNPACKING_BYTES + cache / 2),
+        memory=chunks * (sizes.total + converted + cache / 2),
         # Layer by layer, the states go to the host after each layer and come back.
         bus=(2 * layers * states if by_layers else 0) + (cache if kv == "host" else 0),
         compute=2 * tokens * _weights(decoder) + 2 * tokens * tokens * queries * layers,
@@ -104,11 +107,17 @@ def _steps_work(request: Request, part: Part, tokens: int, steps: int, kv: Home)
     seen = (tokens + steps / 2) / request.kv_tokens(part)
     cache = seen * request.kv_layer_bytes(part) * decoder.num_hidden_layers
     unpacked = sizes.packed * UNPACKING_BYTES if request.unpacks else 0
+    unpacked += _widened(request, sizes) if request.widens else 0
     return Work(
         memory=steps * (sizes.total + unpacked + cache),
         bus=steps * cache if kv == "host" else 0,
         compute=steps * 2 * _weights(decoder),
     )
+
+
+def _widened(request: Request, sizes: PartSizes) -> int:
+    """Through memory where 8-bit weights become those of the activations: written and read."""
+    return 2 * sizes.rounded * request.itemsize
 
 
 def _weights(decoder: DecoderConfig) -> int:

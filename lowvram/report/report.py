@@ -21,6 +21,15 @@ class PhaseReport:
     measured_peak_bytes: int
 
 
+MOVED = {
+    "head8": "logits",
+    "head4": "logits",
+    "talker8": "the outputs of the Talker's last gate",
+    "vocoder16": "the outputs of a linear of the DiT",
+}
+"""What the error of an option is measured of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The measured side of a `Plan`.
@@ -29,8 +38,10 @@ class Report:
     loaded; modules that were resident already cost nothing. `host_peak_bytes` is the largest
     resident set the process has had so far. `codes` counts codec tokens, 50 to a second of speech;
     `speech_cut_off` says that it has as many as it may have and did not end by itself.
-    `head_error` is the relative error of the first logits that a rounded head (`head4`, `head8`)
-    makes, on a sample of the vocabulary; None where the head is as stored.
+    `option_errors` has the relative error that each option in effect was measured to make in this
+    request: `head8` and `head4` of the logits of the prompt's last token, `talker8` of what the
+    last layer's gate gives for it, `vocoder16` of what enters the last layer of the DiT's MLP for
+    one frame; all by 256 rows of the file.
     `notes` say what was done otherwise than planned, because memory ran out all the same.
     `phase_seconds` tells phases apart that interleave (`talk`, `vocode`). `longest_gap_s` is the
     longest silence of a listener who played each chunk as it came; None without speech.
@@ -51,7 +62,7 @@ class Report:
     codes: int
     audio_seconds: float
     seed: int
-    head_error: float | None = None
+    option_errors: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     model: str = ""
     device: str = ""
@@ -143,8 +154,8 @@ class Report:
                 for name, rate in self.audio_per_second.items()
             ]
             lines.append("; ".join([*speed, f"longest gap {self.longest_gap_s:.2f} s"]))
-        if self.head_error is not None:
-            lines.append(f"the rounded head moves logits by {self.head_error:.2%}")
+        for name, error in self.option_errors.items():
+            lines.append(f"{name} moves {MOVED[name]} by {error:.2%}")
         return "\n".join(lines)
 
 

@@ -88,8 +88,8 @@ def test_a_refusal_says_what_each_change_saves(capsys: Any) -> None:
     assert main(["plan", "-m", AWQ, "--prompt-tokens", "900", "--max-memory", "1GiB"]) == 3
     out, err = capsys.readouterr()
     assert "--no-speech" in err and " less)" in err
-    (line,) = (one for one in out.splitlines() if "vocoder16 would lower" in one)
-    assert line.endswith("; not used on cuda by this version")
+    (line,) = (one for one in out.splitlines() if one.startswith("- vocoder16 would lower"))
+    assert line.endswith(", where allowed") and "--allow vocoder16 " in err
 
 
 def test_what_streams_and_how_fast_is_said_in_plain_words(capsys: Any) -> None:

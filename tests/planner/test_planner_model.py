@@ -80,7 +80,7 @@ def test_units_are_layers_then_pieces_of_the_head() -> None:
     layer = text.units[0]
     assert layer.packed == 3584 * (3584 + 1024 + 3584 + 3 * 18944)
     assert 0 <= layer.blob - layer.held < 27 * 512
-    assert not facts.part_sizes("text", 2, head=4).units[28:]
+    assert not facts.part_sizes("text", 2, used=("head4",)).units[28:]
     assert facts.part_sizes("talker", 2).layers == 24 == len(facts.part_sizes("talker", 2).units)
     assert not facts.part_sizes("visual", 2).units
 

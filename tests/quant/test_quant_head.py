@@ -10,9 +10,9 @@ from allocations import Allocations
 
 from lowvram import LowVRAMOmni
 from lowvram.pocket import make_checkpoint
-from lowvram.quant import HeadBits, RoundedHead, choose_head, head_bytes, head_loading_bytes
+from lowvram.quant import HeadBits, RoundedHead, choose_head, head_bytes, rounding_bytes
 from lowvram.quant.kernels import cpu
-from lowvram.quant.sizes import HEAD_PIECE_ROWS
+from lowvram.quant.sizes import rounding_rows
 
 WORDS = [{"role": "user", "content": "Say something."}]
 
@@ -33,7 +33,7 @@ def test_rounds_to_the_nearest_and_holds_what_is_planned(bits: HeadBits, bound: 
     assert not head.rounded
     head.fill_from(rows, torch.device("cpu"))
     assert head.rounded and not list(head.parameters())
-    assert max(asked) == HEAD_PIECE_ROWS < 1152  # never the whole
+    assert max(asked) == rounding_rows(96) < 1152  # never the whole
     assert sum(b.nbytes for b in head.buffers()) == head_bytes(96, 1152, bits)
     x = torch.randn(1, 96).bfloat16()
     exact, found = x.float() @ weight.float().T, head(x).float()
@@ -45,15 +45,15 @@ def test_rounds_to_the_nearest_and_holds_what_is_planned(bits: HeadBits, bound: 
 def test_filling_takes_itself_and_a_piece(bits: HeadBits) -> None:
     inputs = 96
     for pieces in (1, 3):
-        outputs = pieces * HEAD_PIECE_ROWS
+        outputs = pieces * rounding_rows(96)
         with torch.device("meta"):
             head = RoundedHead(inputs, outputs, bits)
         with Allocations() as seen:
             head.fill_from(lambda a, b: torch.ones(b - a, inputs).bfloat16(), torch.device("cpu"))
         held = head_bytes(inputs, outputs, bits)
         # All that a piece ever allocates, were none of it given back; pieces follow each other.
-        assert held < sum(seen.sizes) <= held + pieces * head_loading_bytes(inputs, outputs)
-    assert head_loading_bytes(2048, 151936) < 2048 * 151936 // 5
+        assert held < sum(seen.sizes) <= held + pieces * rounding_bytes(inputs, outputs)
+    assert rounding_bytes(2048, 151936) < 2048 * 151936 // 5
 
 
 def test_keeps_the_weight_where_the_product_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_a_request_reports_its_error_and_keeps_its_plan(
     options = {"max_new_tokens": 4, "return_audio": False}
     with LowVRAMOmni.from_pretrained(folder, device="cpu") as omni:
         plain = omni.plan(WORDS, **options)  # type: ignore[arg-type]
-        assert omni.generate(WORDS, **options).report.head_error is None  # type: ignore[arg-type]
+        assert not omni.generate(WORDS, **options).report.option_errors  # type: ignore[arg-type]
     with LowVRAMOmni.from_pretrained(folder, device="cpu", allow=[allow]) as omni:
         plan = omni.plan(WORDS, **options)  # type: ignore[arg-type]
         report = omni.generate(WORDS, **options).report  # type: ignore[arg-type]
@@ -105,6 +105,6 @@ def test_a_request_reports_its_error_and_keeps_its_plan(
     assert plan.phase("decode").parts["weights"] < plain.phase("decode").parts["weights"]
     for row in (*report.phases, *again.phases):
         assert 0 < row.measured_peak_bytes <= row.predicted_peak_bytes
-    assert report.head_error is not None and low < report.head_error < high
-    assert "rounded head" in str(report)
-    assert again.head_error == report.head_error
+    assert low < report.option_errors[allow] < high
+    assert f"{allow} moves logits by" in str(report)
+    assert again.option_errors == report.option_errors
