@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import NoReturn
 
+from lowvram.cli.values import (
+    blocks_of,
+    count_of,
+    device_of,
+    names_of,
+    number_of,
+    seed_of,
+    size_of,
+)
 from lowvram.errors import UsageError
 from lowvram.settings import SOLVERS, GenerationSettings, SamplingSettings
 
@@ -143,18 +151,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--video-seconds",
-        type=_count,
+        type=count_of,
         nargs="+",
         default=(15, 30, 60),
         metavar="N",
         help="memory: seconds of video that are asked about (default: 15 30 60)",
     )
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="threads to compute with (default: torch's)"
+        "--threads", type=count_of, metavar="N", help="threads to compute with (default: torch's)"
     )
     parser.add_argument(
         "--allow",
-        type=_names,
+        type=names_of,
         default=("head4",),
         metavar="LIST",
         help="decode: how the head may be rounded: head4, head8 (default: head4)",
@@ -195,7 +203,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--allow",
-        type=_names,
+        type=names_of,
         default=(),
         metavar="LIST",
         help="savings that change results and may be used, with commas between (default: none)",
@@ -218,21 +226,21 @@ def _add_reply(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-speech",
-        type=_number,
+        type=number_of,
         default=reply.max_speech_seconds,
         metavar="SECONDS",
         help="the most speech (default: the model's own limit)",
     )
     group.add_argument(
         "--temperature",
-        type=_number,
+        type=number_of,
         default=drawing.temperature,
         metavar="X",
         help="how freely words are drawn; 0 takes the likeliest (default: %(default)s)",
     )
     group.add_argument(
         "--top-p",
-        type=_number,
+        type=number_of,
         default=drawing.top_p,
         metavar="X",
         help="draw from the likeliest tokens that make up this share (default: %(default)s, off)",
@@ -265,7 +273,7 @@ def _add_reply(parser: argparse.ArgumentParser) -> None:
     pieces = ",".join(map(str, reply.pieces))
     group.add_argument(
         "--pieces",
-        type=_blocks,
+        type=blocks_of,
         default=reply.pieces,
         metavar="LIST",
         help=f"blocks of 0.24 s in the pieces of speech, the last again and again ({pieces})",
@@ -286,7 +294,7 @@ def _add_media(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures and video")
     group.add_argument(
         "--fps",
-        type=_number,
+        type=number_of,
         default=media.fps,
         metavar="X",
         help="frames taken from each second of video (default: %(default)s)",
@@ -315,7 +323,7 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     for kind in ("video", "audio"):
         group.add_argument(
             f"--{kind}-seconds",
-            type=_number,
+            type=number_of,
             metavar="S",
             help=f"as if there were {kind} of that length"
             + (" with sound: 781 tokens a second" if kind == "video" else ": 25 tokens a second"),
@@ -333,69 +341,6 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
         metavar="FILE",
         help="write memory over time there: a picture (.png), a page (.html) or numbers (.json)",
     )
-
-
-def size_of(text: str) -> int:
-    from lowvram.offload import parse_size
-
-    try:
-        return parse_size(text)
-    except UsageError as error:  # argparse puts the flag's name in front of the message
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def device_of(text: str) -> str:
-    from lowvram.offload import parse_device
-
-    if text != "auto":
-        try:
-            parse_device(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"wanted a finite number, got {text!r}")
-    return value
-
-
-_number.__name__ = "number"  # what argparse calls the type in "invalid number value: 'x'"
-
-
-def seed_of(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"wanted 0 to 2**63 - 1, got {text!r}")
-    return value
-
-
-seed_of.__name__ = "int"
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text!r}")
-    return value
-
-
-_count.__name__ = "int"
-
-
-def _blocks(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of numbers; wanted blocks with commas between, as in 2,2,4,8"
-        ) from error
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _sentence(text: str) -> str:

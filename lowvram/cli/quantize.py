@@ -9,9 +9,10 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from lowvram.cli.arguments import Parser, device_of, seed_of, size_of, version
+from lowvram.cli.arguments import Parser, version
 from lowvram.cli.main import command
 from lowvram.cli.output import Console, print_json
+from lowvram.cli.values import device_of, seed_of, size_of
 
 if TYPE_CHECKING:
     from lowvram.quantize import Progress, QuantizeSettings
