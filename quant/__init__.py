@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Step,
     )
     from .sizes import (
+        AS_STORED,
         HEAD_OPTIONS,
         STREAMING,
         HeadBits,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AS_STORED",
     "GROUPS",
     "HEAD_OPTIONS",
     "STREAMING",
@@ -112,6 +114,7 @@ _HOME = {
     ),
     "scratch": ("Scratch",),
     "sizes": (
+        "AS_STORED",
         "HEAD_OPTIONS",
         "STREAMING",
         "HeadBits",

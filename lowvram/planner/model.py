@@ -17,6 +17,7 @@ from lowvram.config import OmniConfig
 from lowvram.models.head_rows import head_piece_rows
 from lowvram.offload import blob_bytes
 from lowvram.quant import (
+    AS_STORED,
     HEAD_OPTIONS,
     KernelName,
     eight_bit_scratch_bytes,
@@ -212,7 +213,7 @@ class ModelFacts:
                 packed += nbytes * 2
             if eight and len(shape) == 2:
                 held += space(math.prod(shape)) + space(2 * shape[0])
-            elif kind not in stored or kernel == "reference":
+            elif kind not in stored or kernel in AS_STORED:
                 held += space(nbytes)
             elif kind == "qweight":
                 inputs, outputs = shape[0], shape[1] * 8
