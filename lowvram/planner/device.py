@@ -139,7 +139,8 @@ def resolve_dtype(
             return DtypeChoice("bfloat16", "stored as float16, which the CPU is slow at")
         if packed and stored == "float16" and facts.type == "cuda" and facts.bfloat16:
             return DtypeChoice(
-                "bfloat16", "stored as float16, which CUDA's 4-bit product is not in"
+                "bfloat16",
+                "stored as float16, in which CUDA has no second 4-bit product if ours cannot run",
             )
         return DtypeChoice(stored, "as stored")
     if requested not in known:
