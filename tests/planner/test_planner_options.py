@@ -20,8 +20,9 @@ from lowvram.parts import rounded
 from lowvram.planner import DeviceFacts, DtypeChoice, Plan, config_facts, laws, make_plan
 from lowvram.planner.kernels import kernels_of
 from lowvram.planner.model import PartSizes
+from lowvram.planner.question import Question
 from lowvram.planner.sound import vocode_bytes
-from lowvram.quant import RoundedLinear, Scratch, eight_bit_scratch_bytes
+from lowvram.quant import RoundedLinear, Scratch, eight_bit_scratch_bytes, rounded_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.specs import SPECS
 
@@ -135,6 +136,21 @@ def test_halves_are_halves() -> None:
     assert half.passing == full.passing
     dit = 22 * 2 * (4 * 1024 * 1024 + 4 * 1024 + 2 * 2 * 1024 * 1024 + 3 * 1024)
     assert full.total - half.total == dit
+
+
+def test_a_rounded_talker_takes_scratch_and_more_to_load() -> None:
+    question = Question(
+        model=SEVEN,
+        shape=VOICE_QUESTION,
+        settings=GenerationSettings().completed(SEVEN.generation),
+        facts=DeviceFacts(name="npu", type="npu", total_bytes=GIB, free_bytes=GIB, context_bytes=0),
+        dtype=DtypeChoice("bfloat16", "asked for"),
+        allow=("talker8",),
+    )
+    eight, plain = (way.request().talk("device", 512, False) for way in question.ways())
+    # gate_proj and up_proj may come to lie side by side.
+    assert eight.workspace - plain.workspace == eight_bit_scratch_bytes(896, 2 * 18944)
+    assert eight.loading - plain.loading == 2 * rounded_bytes(896, 18944)
 
 
 META = kernels_of("meta")
