@@ -16,6 +16,7 @@ from lowvram.engine.host_kv import HostKVCache
 from lowvram.engine.ladder import Ladder
 from lowvram.models.constants import Constants
 from lowvram.models.kv_cache import KVCache
+from lowvram.models.kv_rounded import RoundedKVCache
 from lowvram.offload import Device, Loader, Meter, Placement, Store, UnitStream
 from lowvram.planner import Plan
 from lowvram.planner.streaming import spread
@@ -183,14 +184,17 @@ class Context:
                 "max_tokens": max_tokens,
                 "head_dim": config.head_dim,
             }
+            kind = RoundedKVCache if "kv8" in self.plan.used else KVCache
             if self.plan.kv.get(key) == "host":
-                return HostKVCache(self.device, **shape, dtype=self.dtype)
-            return KVCache(**shape, dtype=self.dtype, device=self.device.torch)
+                return HostKVCache(self.device, **shape, dtype=self.dtype, kind=kind)
+            return kind(**shape, dtype=self.dtype, device=self.device.torch)
 
         cache = Ladder(self, part).climb(make)
-        self.meter.hold("kv", key, cache.nbytes, [cache.data])
+        self.meter.hold("kv", key, cache.nbytes, cache.tensors)
         try:
             yield cache
+            if (error := cache.error) is not None:
+                self.option_errors["kv8"] = max(error, self.option_errors.get("kv8", 0.0))
         finally:
             cache.free()
             self.meter.release("kv", key)

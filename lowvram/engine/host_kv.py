@@ -21,7 +21,7 @@ class HostKVCache:
     """Stands in for `KVCache`; `at` brings a layer's rows to the device before it is computed.
 
     On the host `layers` times `[2, batch, kv_heads, max_tokens, head_dim]`, pinned where the device
-    has a lane for copies; on the device two of these. `nbytes` and `data` are those on the device.
+    has a lane for copies; on the device two of these. `nbytes` and `tensors` are on the device.
     """
 
     def __init__(
@@ -34,12 +34,14 @@ class HostKVCache:
         max_tokens: int,
         head_dim: int,
         dtype: torch.dtype,
+        kind: type[KVCache] = KVCache,
     ) -> None:
         shape = (batch, kv_heads, max_tokens, head_dim)
         self._lane: CopyLane | None = device.copy_lane()
         # As a cache of two layers, so that every write is checked and viewed in one place.
-        self._buffers = KVCache(2, *shape, dtype, device.torch)
-        self._host = self._waiting(layers, (2, *shape), dtype)
+        self._buffers = kind(2, *shape, dtype, device.torch)
+        data = self._buffers.data
+        self._host = self._waiting(layers, data.shape[1:], data.dtype)
         self._layers = layers
         self._slot = 0  # the buffer of the layer at hand
         self._busy: list[Mark | None] = [None, None]  # behind the last copy of each buffer
@@ -70,8 +72,13 @@ class HostKVCache:
         return self._buffers.nbytes
 
     @property
-    def data(self) -> Tensor:
-        return self._buffers.data
+    def tensors(self) -> list[Tensor]:
+        return self._buffers.tensors
+
+    @property
+    def error(self) -> float | None:
+        """As `KVCache.error`."""
+        return self._buffers.error
 
     @property
     def bias(self) -> Tensor | None:

@@ -48,8 +48,18 @@ class KVCache:
         return 2 * math.prod((layers, batch, kv_heads, max_tokens, head_dim)) * dtype.itemsize
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds on the device."""
+        return [self.data]
+
+    @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def error(self) -> float | None:
+        """What keeping keys and values as they are kept costs; None where it costs nothing."""
+        return None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each a view [B, Hkv, max_tokens, D]."""

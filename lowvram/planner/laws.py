@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowvram.config import AudioConfig, DecoderConfig, TalkerConfig, VisionConfig
+from lowvram.models.kv_rows import row_bytes
 from lowvram.planner.kernels import FLOAT, Kernels
 
 CHUNKS = (512, 256, 128, 64)
@@ -32,6 +33,11 @@ def kv_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
 def kv_layer_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
     """Keys and values of `tokens` positions in one layer."""
     return 2 * tokens * decoder.num_key_value_heads * decoder.head_dim * itemsize
+
+
+def rounded_kv_layer_bytes(decoder: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """The same where they are rounded to 8 bits, with scales of `itemsize`."""
+    return 2 * tokens * decoder.num_key_value_heads * row_bytes(decoder.head_dim, itemsize)
 
 
 def states_bytes(width: int, tokens: int, itemsize: int) -> int:

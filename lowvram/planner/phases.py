@@ -47,8 +47,8 @@ class PhaseLoad:
         return self.kv + self.workspace + self.carry + self.activations
 
     def joined(self, other: PhaseLoad) -> PhaseLoad:
-        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger. The
-        other's modules come when this one's cache is there."""
+        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger. Each's
+        modules come when the other's cache, or what it keeps, may be there."""
         return PhaseLoad(
             name=f"{self.name}+{other.name}",
             modules=self.modules + other.modules,
@@ -57,7 +57,7 @@ class PhaseLoad:
             carry=max(self.carry, other.carry),
             activations=max(self.activations + other.kept, self.kept + other.activations),
             kept=self.kept + other.kept,
-            loading=max(self.loading, other.loading + self.kv),
+            loading=max(self.loading + other.kept, other.loading + self.kv),
         )
 
 
@@ -65,8 +65,8 @@ class PhaseLoad:
 class Request:
     """One request to one model on one type of device, before anything is decided.
 
-    `itemsize` is that of the activations, `kv_itemsize` that of keys and values, `dit_itemsize`
-    that of the DiT's layers. `host_is_device`: on the CPU the prompt's embeddings and states count
+    `itemsize` is that of the activations, `dit_itemsize` that of the DiT's layers; keys and values
+    may be `kv_rounded`. `host_is_device`: on the CPU the prompt's embeddings and states count
     against the budget; else they wait on the host and cost the device nothing. `unpacks`: packed
     linears that stay are de-quantized for every product, `unpacks_streamed` those that stream,
     `widens` those that options rounded, for want of a product of 8 bits. `whole` parts cannot
@@ -80,7 +80,7 @@ class Request:
     settings: GenerationSettings
     sizes: Mapping[Part, PartSizes]
     itemsize: int
-    kv_itemsize: int
+    kv_rounded: bool
     kernels: Kernels
     unpacks: bool
     unpacks_streamed: bool
@@ -279,12 +279,20 @@ class Request:
         return self.talker_tokens + self.settings.codes
 
     def kv_layer_bytes(self, part: Part) -> int:
-        """Keys and values of one layer of `text` or `talker`."""
-        return laws.kv_layer_bytes(self.decoder(part), self.kv_tokens(part), self.kv_itemsize)
+        """Keys and values of one layer of `text` or `talker`, as they are kept."""
+        law = laws.rounded_kv_layer_bytes if self.kv_rounded else laws.kv_layer_bytes
+        return law(self.decoder(part), self.kv_tokens(part), self.itemsize)
+
+    def kv_wide_bytes(self, part: Part) -> int:
+        """Those of one layer as they are computed with, where that is not how they are kept."""
+        if not self.kv_rounded:
+            return 0
+        return laws.kv_layer_bytes(self.decoder(part), self.kv_tokens(part), self.itemsize)
 
     def kv_layers(self, part: Part) -> int:
         return self.sizes[part].layers
 
     def _kv_bytes(self, part: Part, home: Home) -> int:
         """On the device: every layer's, or two layers' that take turns."""
-        return self.kv_layer_bytes(part) * (2 if home == "host" else self.kv_layers(part))
+        layers = 2 if home == "host" else self.kv_layers(part)
+        return self.kv_layer_bytes(part) * layers + self.kv_wide_bytes(part)

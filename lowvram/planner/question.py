@@ -68,8 +68,6 @@ class Question:
 
     def refused(self, name: str) -> str | None:
         """Why an option has no effect on this device; None if it has."""
-        if name == "kv8":
-            return f"{name} is allowed; not used on {self.facts.type} by this version"
         if name not in HEAD_OPTIONS:
             return None
         if self.head is None:
@@ -108,7 +106,7 @@ class Question:
             settings=self.settings,
             sizes={part: self._sizes(part, size) for part in MODULES},
             itemsize=size,
-            kv_itemsize=size,
+            kv_rounded="kv8" in self.used,
             kernels=kernels_of(self.facts.type),
             unpacks=self.packed_kernel.name == "reference",
             unpacks_streamed=self.packed_kernel.name not in STREAMING,

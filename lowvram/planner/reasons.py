@@ -8,6 +8,7 @@ from lowvram.offload import Budget, format_size
 from lowvram.planner.allowed import CONCERNS, HEADS
 from lowvram.planner.choices import MODULES, Choice, Choices
 from lowvram.planner.gains import gains, minimum_budget, untried
+from lowvram.planner.laws import kv_bytes
 from lowvram.planner.options import Limits, Option
 from lowvram.planner.plan import PhasePlan
 from lowvram.planner.question import Question
@@ -164,6 +165,8 @@ def _effect(question: Question, choices: Choices, name: str) -> str:
             f"{name} is not used: the Talker would have to stay whole while it talks, and does "
             "not fit"
         )
+    if name == "kv8":
+        return "kv8: " + " and ".join(_rounded_kv(choices))
     part = CONCERNS[name]
     if part not in choices.used:
         return f"{name}: the {part} is not used"
@@ -171,6 +174,16 @@ def _effect(question: Question, choices: Choices, name: str) -> str:
     return (
         f"{name}: {format_size(stored)} of the {part} become {format_size(choices.weights[part])}"
     )
+
+
+def _rounded_kv(choices: Choices) -> Iterator[str]:
+    request = choices.request
+    parts: tuple[Part, ...] = ("text", "talker") if choices.vocode else ("text",)
+    for part in parts:
+        layers, tokens = request.kv_layers(part), request.kv_tokens(part)
+        stored = kv_bytes(request.decoder(part), tokens, request.itemsize)
+        kept = layers * request.kv_layer_bytes(part) + request.kv_wide_bytes(part)
+        yield f"{format_size(stored)} of the {part}'s keys and values become {format_size(kept)}"
 
 
 def _early_speech(question: Question, choices: Choices, budget: Budget) -> Iterator[str]:

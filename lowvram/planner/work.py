@@ -106,10 +106,12 @@ def _steps_work(request: Request, part: Part, tokens: int, steps: int, kv: Home)
     sizes, decoder = request.sizes[part], request.decoder(part)
     seen = (tokens + steps / 2) / request.kv_tokens(part)
     cache = seen * request.kv_layer_bytes(part) * decoder.num_hidden_layers
+    # Rounded, they are made wide and read again.
+    wide = seen * request.kv_wide_bytes(part) * decoder.num_hidden_layers
     unpacked = sizes.packed * UNPACKING_BYTES if request.unpacks else 0
     unpacked += _widened(request, sizes) if request.widens else 0
     return Work(
-        memory=steps * (sizes.total + unpacked + cache),
+        memory=steps * (sizes.total + unpacked + cache + 2 * wide),
         bus=steps * cache if kv == "host" else 0,
         compute=steps * 2 * _weights(decoder),
     )

@@ -25,6 +25,7 @@ MOVED = {
     "head8": "logits",
     "head4": "logits",
     "talker8": "the outputs of the Talker's last gate",
+    "kv8": "keys and values",
     "vocoder16": "the outputs of a linear of the DiT",
 }
 """What the error of an option is measured of."""
@@ -40,8 +41,9 @@ class Report:
     `speech_cut_off` says that it has as many as it may have and did not end by itself.
     `option_errors` has the relative error that each option in effect was measured to make in this
     request: `head8` and `head4` of the logits of the prompt's last token, `talker8` of what the
-    last layer's gate gives for it, `vocoder16` of what enters the last layer of the DiT's MLP for
-    one frame; all by 256 rows of the file.
+    last layer's gate gives for it, `vocoder16` of the first linear of the DiT's last MLP for
+    a frame of its first evaluation, all by 256 rows of the file; `kv8` of the last layer's keys and
+    values of the prompt's last token, the Thinker's or the Talker's, which is larger.
     `notes` say what was done otherwise than planned, because memory ran out all the same.
     `phase_seconds` tells phases apart that interleave (`talk`, `vocode`). `longest_gap_s` is the
     longest silence of a listener who played each chunk as it came; None without speech.

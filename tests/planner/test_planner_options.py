@@ -14,13 +14,15 @@ from lowvram.engine.pieces import VocodeSettings
 from lowvram.engine.vocode import NoiseSource, SpeechStream
 from lowvram.engine.voice import Voice
 from lowvram.models import KVCache, Talker, Token2Wav
+from lowvram.models.kv_rounded import RoundedKVCache
 from lowvram.offload import Budget, Meter, guard_bytes, open_device
 from lowvram.parts import rounded
 from lowvram.planner import DeviceFacts, DtypeChoice, Plan, config_facts, laws, make_plan
 from lowvram.planner.kernels import kernels_of
 from lowvram.planner.model import PartSizes
+from lowvram.planner.question import Question
 from lowvram.planner.sound import vocode_bytes
-from lowvram.quant import RoundedLinear, Scratch, eight_bit_scratch_bytes
+from lowvram.quant import RoundedLinear, Scratch, eight_bit_scratch_bytes, rounded_bytes
 from lowvram.settings import GenerationSettings
 from lowvram.specs import SPECS
 
@@ -101,6 +103,16 @@ def test_what_would_help_is_named() -> None:
     assert not any(one.endswith("where allowed") for one in plan(7.2, *ALLOWED).reasons)
 
 
+def test_rounded_keys_and_values_are_half_and_one_layer_more() -> None:
+    wide, rounded_too = plan(9), plan(9, "kv8")
+    before, after = (found.phase("prefill").parts["kv"] for found in (wide, rounded_too))
+    assert 0.5 * before < after < (136 / 256 + 1 / 28 + 0.001) * before
+    assert said(rounded_too, "kv8: ").endswith("of the talker's keys and values become 48.39 MiB")
+    on_host = plan(3.0, "kv8"), plan(3.0)
+    assert {found.kv["thinker"] for found in on_host} == {"host"}
+    assert on_host[0].host_bytes < on_host[1].host_bytes
+
+
 def test_a_module_built_otherwise_is_loaded_anew() -> None:
     there = frozenset({"talker"})
     same = plan(9, "talker8", on_device=there, made_with=("talker8", "head8"))
@@ -124,6 +136,21 @@ def test_halves_are_halves() -> None:
     assert half.passing == full.passing
     dit = 22 * 2 * (4 * 1024 * 1024 + 4 * 1024 + 2 * 2 * 1024 * 1024 + 3 * 1024)
     assert full.total - half.total == dit
+
+
+def test_a_rounded_talker_takes_scratch_and_more_to_load() -> None:
+    question = Question(
+        model=SEVEN,
+        shape=VOICE_QUESTION,
+        settings=GenerationSettings().completed(SEVEN.generation),
+        facts=DeviceFacts(name="npu", type="npu", total_bytes=GIB, free_bytes=GIB, context_bytes=0),
+        dtype=DtypeChoice("bfloat16", "asked for"),
+        allow=("talker8",),
+    )
+    eight, plain = (way.request().talk("device", 512, False) for way in question.ways())
+    # gate_proj and up_proj may come to lie side by side.
+    assert eight.workspace - plain.workspace == eight_bit_scratch_bytes(896, 2 * 18944)
+    assert eight.loading - plain.loading == 2 * rounded_bytes(896, 18944)
 
 
 META = kernels_of("meta")
@@ -165,6 +192,29 @@ def test_a_rounded_talker_takes_its_law(dtype: torch.dtype) -> None:
     law = laws.talk_bytes(config, 512, dtype.itemsize, 512, META)
     law += eight_bit_scratch_bytes(18944, 896, dtype.itemsize)
     assert seen <= law <= 1.1 * seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_writing_rounded_keys_and_values_is_within_the_law(dtype: torch.dtype) -> None:
+    config = SEVEN.config.talker
+    assert config is not None
+    decoder = dataclasses.replace(config.decoder, num_hidden_layers=2)
+    config = dataclasses.replace(config, decoder=decoder)
+    with torch.device("meta"):
+        model = Talker(config).to(dtype).requires_grad_(False)
+    shape = (2, 1, decoder.num_key_value_heads, 612, decoder.head_dim)
+    cache = RoundedKVCache(*shape, dtype, "meta")
+    for tokens in (1, 512):
+
+        def work(tokens: int = tokens) -> None:
+            x = model.project(torch.empty(1, tokens, config.embedding_size).to("meta", dtype))
+            rope = model.model.rope(torch.zeros(3, 1, tokens, dtype=torch.long), dtype)
+            model.logits(model.model(x, rope, cache, 100)[:, -1])
+
+        seen = measured(work)
+        law = laws.talk_bytes(config, tokens, dtype.itemsize, 512, META)
+        assert seen <= law
+    assert law <= 1.1 * seen
 
 
 @functools.cache
