@@ -84,7 +84,7 @@ class TalkLoop:
         self._context, self._talker, self._config = context, talker, config
         self._prompt: Tensor | None = prompt_states
         self._positions = positions
-        self._sampler, self._ends = sampler, frozenset(defaults.codec_end_ids)
+        self._sampler, self._ends = sampler, defaults.codec_end_ids
         self._max_codes = max_codes
         self._text_end, self._padding, self._voice = embed_tokens(
             context,

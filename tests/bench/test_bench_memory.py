@@ -9,8 +9,10 @@ import pytest
 
 from lowvram.bench import memory
 from lowvram.bench.memory import MODES, bench_memory
+from lowvram.bench.memory_request import REPLY_CODES
 from lowvram.cli.bench import shapes
 from lowvram.cli.main import main
+from lowvram.engine.talk import TalkLoop
 from lowvram.errors import UsageError
 
 GIB = 2**30
@@ -56,10 +58,19 @@ def test_every_length_for_every_mode() -> None:
     assert [case.prompt_tokens for case in cases] == [3 * 781, 781]
 
 
-def test_a_7b_at_true_shapes() -> None:
+def test_a_7b_at_true_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = TalkLoop.step
+
+    def counted(self: TalkLoop, reply: Any) -> Any:
+        steps.append(1)
+        return step(self, reply)
+
+    monkeypatch.setattr(TalkLoop, "step", counted)
     short = bench_memory(NAME, shapes(NAME), [4], modes=("resident", "kv-host"))
     cases = [*short, *bench_memory(NAME, shapes(NAME), [60], modes=("minimum",))]
     resident, on_host, smallest = (case.measured_peak_bytes for case in cases)
+    assert len(steps) <= 3 * (REPLY_CODES + 2), "the reply is to end once all is allocated"
     # The card's 15 s are allowed 6.0 GiB; 11 s more are worth 56 KiB a token.
     assert resident + 56 * 1024 * 781 * 11 <= 6.0 * GIB
     assert smallest <= 3.0 * GIB
