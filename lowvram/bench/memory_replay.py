@@ -113,16 +113,17 @@ def _kind(module: nn.Module) -> Hashable:
 
 
 def _shapes(values: Sequence[Any]) -> Hashable:
-    """Shapes of the tensors, also within dataclasses, and the numbers within lists (the windows of
-    the vision tower); other arguments say where in the prompt a call stands."""
+    """Shapes of the tensors and the numbers within lists and dataclasses (the windows of the vision
+    tower, the frames that wait in the DiT); other arguments say where in the prompt a call
+    stands."""
     return tuple(_shape(value) for value in values)
 
 
 def _shape(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return tuple(value.shape)
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, list | tuple):
         return tuple(v if isinstance(v, int) else _shape(v) for v in value)
-    if is_dataclass(value):
-        return tuple(_shape(getattr(value, field.name)) for field in fields(value))
     return None

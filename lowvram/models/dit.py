@@ -182,8 +182,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: [B, T, hidden] -> the same, changed in place, or its first `frames`,
-    which see the others."""
+    """One transformer layer: [B, T, hidden] -> the same, changed in place; of frames that `held`
+    lets through the first, which see the others."""
 
     def __init__(self, config: DiTConfig, index: int) -> None:
         super().__init__()
@@ -201,10 +201,10 @@ class Block(nn.Module):
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         past: Neighbour | None = None,
-        frames: int | None = None,
+        held: Held | None = None,
     ) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(0)
-        frames = x.shape[1] if frames is None else frames
+        frames = x.shape[1] if held is None else held.frames
         attended = self.attn(_modulated(x, scale, shift), rope, past, frames)
         x = x[:, :frames].add_(attended.mul_(gate))
         return x.add_(self.ff(_modulated(x, ff_scale, ff_shift)).mul_(ff_gate))
@@ -351,12 +351,11 @@ class DiT(nn.Module):
         neighbours, waiting = iter(past), iter(held)
         for block, rows in zip(self._blocks, layers, strict=True):
             before = next(neighbours, None) if block.attn.look_back else None
-            frames = None
-            if held and block.attn.look_ahead:
-                waits = next(waiting)
-                x, frames = waits.joined(x), waits.frames
-            if x.shape[1] and frames != 0:
-                x = block(x, rows, condition.rope, before, frames)
+            waits = next(waiting) if held and block.attn.look_ahead else None
+            if waits is not None:
+                x = waits.joined(x)
+            if x.shape[1] and (waits is None or waits.frames):
+                x = block(x, rows, condition.rope, before, waits)
             else:
                 x = x[:, :0]
         if not x.shape[1]:

@@ -75,9 +75,6 @@ class Machine:
             if not plan.resident(part):
                 self._loader.drop(part)
         checkpoint = ShapeCheckpoint(self.model.name, self.model.config)
-        if settings.whole_speech:
-            # Then the last code decides how much is vocoded at once.
-            checkpoint.__dict__["generation"] = replace(checkpoint.generation, codec_end_ids=())
         run = Run(
             context=Context(
                 device=self._device,
