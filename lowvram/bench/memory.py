@@ -14,7 +14,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from lowvram.bench.memory_replay import Replay
-from lowvram.bench.memory_request import ShapeCheckpoint, blank_voice, no_words, video_prompt
+from lowvram.bench.memory_request import (
+    ShapeCheckpoint,
+    blank_voice,
+    no_words,
+    reply_tokens,
+    video_prompt,
+)
 from lowvram.bench.stock import StockThinker, card_bytes
 from lowvram.config import OmniConfig
 from lowvram.conversation import Prompt
@@ -142,7 +148,7 @@ def run_plan(
     device = open_device("meta")
     meter = Meter(device)
     scratch = metered_scratch(meter)
-    checkpoint = ShapeCheckpoint(model.name, model.config)
+    checkpoint = ShapeCheckpoint(model.name, model.config, reply_tokens(plan))
     dtype = getattr(torch, plan.dtype)
     speech = settings.speech
     replay = Replay(meter, (DiT,))

@@ -18,6 +18,7 @@ from lowvram.conversation.pixels import PixelFormat
 from lowvram.conversation.positions import HeardVideo, chunks, positions
 from lowvram.engine.voice import Voice
 from lowvram.offload import Store, TensorInfo
+from lowvram.planner import Plan
 from lowvram.tensors import Shape, expected_tensors, is_packed
 
 GRID = (54, 56)
@@ -81,14 +82,21 @@ def blank_voice(config: OmniConfig, frames: int) -> Voice:
 class ShapeCheckpoint(Checkpoint):
     """What the engine asks of a checkpoint, from its `config.json` alone."""
 
-    def __init__(self, name: str, config: OmniConfig) -> None:
+    def __init__(self, name: str, config: OmniConfig, reply_tokens: int = REPLY_TOKENS) -> None:
+        self.reply_tokens = reply_tokens
         store = cast(Store, _ShapeStore(config))
         super().__init__(name=name, folder=Path(), raw={}, config=config, store=store)
 
     @cached_property
     def generation(self) -> GenerationDefaults:
         """Replies end after a few steps."""
-        return GenerationDefaults(_EndsAfter(REPLY_TOKENS), _EndsAfter(REPLY_CODES))
+        return GenerationDefaults(_EndsAfter(self.reply_tokens), _EndsAfter(REPLY_CODES))
+
+
+def reply_tokens(plan: Plan) -> int:
+    """Of a reply during which all is there at once that ever is: also where speech is made
+    meanwhile."""
+    return REPLY_CODES + 1 if plan.interleaves("decode", "talk") else REPLY_TOKENS
 
 
 class _EndsAfter(tuple[int, ...]):

@@ -87,6 +87,7 @@ class Speaking:
     ) -> None:
         self._loop = self._stream = self._prompt = None
         self._context.let_go("states")
+        self._context.meter.release("activations", "speech")
         with self._everything:
             self._talker.close()
 
@@ -148,10 +149,17 @@ class Speaking:
             sound = code if code <= dit.num_embeds else 0
             yield from self._pieces(self._stream.push([sound]))
 
+    def _count_kept(self) -> None:
+        """What the vocoder keeps counts while others compute."""
+        kept = self._stream.tensors if self._stream else []
+        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        self._context.meter.hold("activations", "speech", nbytes, kept)
+
     def _pieces(self, pieces: Iterator[SpeechPiece]) -> Iterator[SpeechPiece]:
         while True:
             with self._context.phase("vocode"):
                 piece = next(pieces, None)
+                self._count_kept()
             if piece is None:
                 return
             # Control codes are told as they were drawn.

@@ -122,6 +122,16 @@ class SpeechStream:
                 self._voice, self._settings.solver, self._settings.time_points, self._constants
             )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays on the device from the first piece to the last; modulations that are on the
+        host are `constants`."""
+        kept = list(self._past.tensors) if self._past else []
+        kept += self._front.tensors if self._front else []
+        if self._utterance is not None and self._utterance.modulation.device.type != "cpu":
+            kept.append(self._utterance.modulation)
+        return kept
+
     def _make_mel(self, step: Pass) -> None:
         self.prepare()
         assert self._utterance is not None

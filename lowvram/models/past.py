@@ -103,6 +103,11 @@ class Past:
             self._kept = torch.empty(self._shape, device=self._device, dtype=self._dtype)
         return Neighbour(self._kept[evaluation, layer], there, final)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        return [] if self._kept is None else [self._kept]
+
     def advance(self) -> None:
         """The next piece begins where the final frames of this one ended."""
         self._there = True

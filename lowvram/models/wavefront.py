@@ -60,6 +60,11 @@ class Wavefront:
         self._front = 0  # blocks that have come in
         self._finished = 0  # frames at the head of `_flow`
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays from the first tick to the last."""
+        return [*self._past.tensors, self._kept]
+
     def advance(self, codes: Sequence[int], noise: Tensor, blocks: int) -> Tensor:
         """The front moves on by so many blocks; the mel frames finished by that, on the device.
 

@@ -94,14 +94,16 @@ class Choices:
     @cached_property
     def joined(self) -> PartOptions:
         """The Talker with the vocoder."""
-        return PartOptions(self.request, "talker", self.rates, self.source, self.vocode)
+        vocode = self.vocode
+        assert vocode is not None
+        return PartOptions(
+            self.request, "talker", self.rates, self.source, lambda talk: talk.joined(vocode)
+        )
 
     @cached_property
     def together(self) -> PartOptions:
         """The Thinker with Talker and vocoder, of which nothing streams."""
-        assert self.vocode is not None
-        talk = self.request.talk("device", CHUNKS[0], False).joined(self.vocode)
-        return PartOptions(self.request, "text", self.rates, self.source, talk)
+        return PartOptions(self.request, "text", self.rates, self.source, self.request.think_aloud)
 
     @cached_property
     def _whole_talker(self) -> Option:
@@ -163,7 +165,7 @@ class Choices:
                 resident = frozenset(kept)
                 if not self._towers_fit(room, resident):
                     continue
-                if self._can_interleave:
+                if self._can_interleave and self.request.settings.tokens > self.request.first_codes:
                     think = self._thinking_aloud(room, resident, limits)
                     if think is not None:
                         yield self._choice(resident, "together", think, self._whole_talker)

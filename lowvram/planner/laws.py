@@ -191,8 +191,26 @@ def talk_bytes(
     before = rows * narrow if tokens > chunk else 0
     entry = before + rows * max(2 * wide, wide + narrow) + 4 * wide + SMALL
     prefill = prefill_bytes(config.decoder, tokens, itemsize, chunk, kernels, by_layers=by_layers)
-    # Codes are drawn where the logits are, in buffers that stay.
-    kept = replace(kernels, sampling=0)
-    step = decode_bytes(config.decoder, tokens, itemsize, kept, by_layers=by_layers)
-    step += CODE_DRAWING * config.decoder.vocab_size + 3 * wide + narrow
-    return max(entry, prefill, step)
+    step = talk_step_bytes(config, tokens, itemsize, kernels, by_layers=by_layers)
+    return max(max(entry, prefill) + talk_kept_bytes(config, itemsize), step)
+
+
+def talk_step_bytes(
+    config: TalkerConfig,
+    tokens: int,
+    itemsize: int,
+    kernels: Kernels,
+    *,
+    by_layers: bool = False,
+) -> int:
+    """A code through the Talker, and drawing the next where the logits are."""
+    step = decode_bytes(
+        config.decoder, tokens, itemsize, replace(kernels, sampling=0), by_layers=by_layers
+    )
+    return step + talk_kept_bytes(config, itemsize)
+
+
+def talk_kept_bytes(config: TalkerConfig, itemsize: int) -> int:
+    """Buffers of the Talker's loop, which are there from its prompt on."""
+    widths = 3 * config.embedding_size + config.decoder.hidden_size
+    return CODE_DRAWING * config.decoder.vocab_size + widths * itemsize

@@ -6,7 +6,7 @@ No torch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -59,7 +59,7 @@ _Way = tuple[Cut, Home, int, int]
 class PartOptions:
     """Every option of one part that may be the best within some amount of memory.
 
-    `join` is what runs interleaved with its last phase, or None; the weights of that do not count
+    `join` gives its last phase with what runs interleaved with that, whose weights do not count
     here.
     """
 
@@ -69,7 +69,7 @@ class PartOptions:
         part: Part,
         rates: Rates,
         source: Source,
-        join: PhaseLoad | None = None,
+        join: Callable[[PhaseLoad], PhaseLoad] | None = None,
     ) -> None:
         self._request, self._part, self._rates = request, part, rates
         self._source, self._join = source, join
@@ -161,4 +161,4 @@ class PartOptions:
             phases = self._request.think(kv, chunk, streams)
         else:
             phases = [self._request.talk(kv, chunk, streams)]
-        return phases if self._join is None else [*phases[:-1], phases[-1].joined(self._join)]
+        return phases if self._join is None else [*phases[:-1], self._join(phases[-1])]

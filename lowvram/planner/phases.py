@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -29,8 +29,9 @@ Home = Literal["device", "host"]
 class PhaseLoad:
     """A phase: the modules it runs, and the bytes it holds besides their weights while it computes.
 
-    `kept` are those of its activations that are there between its steps as well. `loading` is what
-    it holds instead while its modules come to the device; carry is there in both.
+    `steps` are its activations once it has begun, where they are fewer than at its beginning, and
+    `kept` those of them that are there between its steps as well. `loading` is what it holds
+    instead while its modules come to the device; carry is there in both.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PhaseLoad:
     workspace: int = 0
     carry: int = 0
     activations: int = 0
+    steps: int | None = None
     kept: int = 0
     loading: int = 0
 
@@ -47,15 +49,20 @@ class PhaseLoad:
         return self.kv + self.workspace + self.carry + self.activations
 
     def joined(self, other: PhaseLoad) -> PhaseLoad:
-        """Both interleaved: what each keeps adds up; of what they hold in turn, the larger. Each's
-        modules come when the other's cache, or what it keeps, may be there."""
+        """This one, and once it has begun both in turn: what each keeps adds up; of what they hold
+        in turn, the larger. Each's modules come when the other's cache, or what it keeps, may be
+        there."""
+        own = self.activations if self.steps is None else self.steps
+        others = other.activations if other.steps is None else other.steps
+        steps = max(own + other.kept, self.kept + others)
         return PhaseLoad(
             name=f"{self.name}+{other.name}",
             modules=self.modules + other.modules,
             kv=self.kv + other.kv,
             workspace=max(self.workspace, other.workspace),
             carry=max(self.carry, other.carry),
-            activations=max(self.activations + other.kept, self.kept + other.activations),
+            activations=max(self.activations, self.kept + other.activations, steps),
+            steps=steps,
             kept=self.kept + other.kept,
             loading=max(self.loading + other.kept, other.loading + self.kv),
         )
@@ -201,6 +208,8 @@ class Request:
         work = laws.talk_bytes(config, tokens, size, chunk, self.kernels, by_layers=by_layers)
         if by_layers and self.host_is_device:
             work = max(work, laws.tables_bytes(config.decoder, tokens, size))
+        step = laws.talk_step_bytes(config, tokens, size, self.kernels, by_layers=by_layers)
+        waiting = laws.waiting_bytes(config.decoder, self.kernels)
         return PhaseLoad(
             name="talk",
             modules=("talker",),
@@ -208,7 +217,8 @@ class Request:
             workspace=self.reading("talker") if streams else self.sizes["talker"].scratch,
             carry=carry,
             activations=work,
-            kept=laws.waiting_bytes(config.decoder, self.kernels),
+            steps=step,
+            kept=waiting + laws.talk_kept_bytes(config, size),
             loading=max(self.sizes["talker"].loading, self.reading("talker")),
         )
 
@@ -224,16 +234,29 @@ class Request:
         assert dit is not None
         return self.pieces.first_codes(dit)
 
-    def vocode(self) -> PhaseLoad:
-        """Sound from codes."""
+    def talk_aloud(self) -> PhaseLoad:
+        """Codes, and sound from them, while the Thinker writes: as many codes as it has tokens."""
+        said = min(self.settings.codes, self.settings.tokens)
+        return self.talk("device", laws.CHUNKS[0], False).joined(self.vocode(said))
+
+    def think_aloud(self, decode: PhaseLoad) -> PhaseLoad:
+        """Decoding with speech beside it; speech goes on when that has given back what it took."""
+        both = decode.joined(self.talk_aloud())
+        alone = self.talk("device", laws.CHUNKS[0], False).joined(self.vocode())
+        after = alone.activations - decode.kv - decode.workspace
+        return replace(both, activations=max(both.activations, after))
+
+    def vocode(self, codes: int | None = None) -> PhaseLoad:
+        """Sound from `codes` codes, of as many as there may be."""
         config = self.model.config
+        codes = self.settings.codes if codes is None else codes
         assert config.dit is not None and config.bigvgan is not None
         modulated = self.host_is_device and self.modulated
         work = vocode_bytes(
             config.dit,
             config.bigvgan,
             self.pieces,
-            self.settings.codes,
+            codes,
             self.model.voice_frames,
             self.kernels,
             itemsize=self.dit_itemsize,
@@ -242,7 +265,7 @@ class Request:
         kept = vocode_kept_bytes(
             config.dit,
             self.pieces,
-            self.settings.codes,
+            codes,
             itemsize=self.dit_itemsize,
             modulated=modulated,
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from lowvram.bench.memory_replay import Replay
-from lowvram.bench.memory_request import ShapeCheckpoint, blank_voice, no_words
+from lowvram.bench.memory_request import ShapeCheckpoint, blank_voice, no_words, reply_tokens
 from lowvram.conversation import Prompt
 from lowvram.engine.context import Context
 from lowvram.engine.run import Run
@@ -74,7 +74,7 @@ class Machine:
         for part in self.resident:
             if not plan.resident(part):
                 self._loader.drop(part)
-        checkpoint = ShapeCheckpoint(self.model.name, self.model.config)
+        checkpoint = ShapeCheckpoint(self.model.name, self.model.config, reply_tokens(plan))
         run = Run(
             context=Context(
                 device=self._device,
