@@ -114,7 +114,7 @@ class Timeline:
         if self._context:
             by_owner["context"] = self._context
         if level.live:
-            by_owner["activations"] = level.live
+            by_owner["activations"] = by_owner.get("activations", 0) + level.live
         return TimelinePoint(seconds, phase, by_owner, by_key)
 
     def _thin(self) -> None:

@@ -235,7 +235,7 @@ def test_run_writes_its_report(tmp_path: Path, capsys: Any) -> None:
     for level in written["history"]:
         by_phase.setdefault(level["phase"], set()).update(level["held"])
     assert {TEXT, KV, MADE, "carry/prompt"} <= by_phase["prefill"]
-    assert {"weights/talker", "weights/token2wav", "kv/talker"} <= by_phase["decode+talk+vocode"]
+    assert {"weights/talker", "weights/token2wav", "kv/talker"} <= by_phase["talk+vocode"]
     parts = printed["report"]["phase_seconds"]
     assert {"prefill", "decode", "talk", "vocode"} <= set(parts) and min(parts.values()) > 0
     rate = printed["report"]["codes"] / parts["talk"]

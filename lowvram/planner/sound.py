@@ -43,7 +43,7 @@ def vocode_bytes(
         mel + _dit_bytes(dit, window, known, kernels, itemsize) + flow,
         mel + _bigvgan_bytes(bigvgan, frames),
     )
-    return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + SMALL
+    return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + 2 * SMALL
 
 
 def vocode_kept_bytes(

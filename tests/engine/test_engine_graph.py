@@ -198,7 +198,7 @@ def test_a_recording_has_room_in_the_budget_or_is_not_made(
 def test_two_recordings_have_room_beside_each_other_or_one_is_not_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**SHORT, "max_speech_seconds": 0.8}
+    options = {"max_new_tokens": 40, "max_speech_seconds": 0.8}
     with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
         plan = omni.plan(WORDS, **options)
     assert plan.interleaves("decode", "talk")

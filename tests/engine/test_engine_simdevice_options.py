@@ -63,8 +63,8 @@ def test_every_budget_gives_the_reply_of_the_cpu(folder: Path) -> None:
             planned = omni.plan(WORDS, **SHORT)
             reply = omni.generate(WORDS, **SHORT)
         homes |= set(planned.kv.values())
-        # The least is for a Talker that streams.
-        assert planned.used == (EIGHT if budget == most else EIGHT[1:])
+        # A Talker that streams is not rounded.
+        assert planned.used == (EIGHT[1:] if "talker" in planned.placements else EIGHT)
         assert not reply.report.notes and set(reply.report.option_errors) == set(planned.used)
         wanted = replies[planned.used]
         assert (reply.tokens, reply.codes) == (wanted.tokens, wanted.codes)
