@@ -36,6 +36,8 @@ def vocode_bytes(
     if settings.exact:
         # With the block that waited.
         window = min(known, window + dit.block_size)
+    # What was made before is still there while it is joined to what is new.
+    mel += window * dit.mel_dim * FLOAT
     flow = (3 if settings.solver == "euler" else 7) * window * dit.mel_dim * FLOAT
     moments = (
         # A row of one layer at a time, and the weight that makes it.
