@@ -112,10 +112,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for row in found:
         if row["order"] != order:
             order = row["order"]
-            lines += [
-                "",
-                f"{order:22}{'first sound':>12}{'gap':>9}{'done':>9}{'enough codes/s':>16}",
-            ]
+            lines += ["", HEAD.format(order)]
         enough = row["enough_codes_per_s"]
         need = "never" if enough is None else f"{enough:.1f}" if enough else "any"
         name = ", ".join(map(str, row["blocks"])) + (" *" if row["best"] else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_a_report_and_what_is_given_in_its_place(
     assert listener.main(["--report", str(path)]) == 0
     told = capsys.readouterr().out
     assert told.count("2, 2, 4, 8") == told.count(" *") == 3
+    # A heading over every column, which ends where that does.
+    head, row = (re.finditer(r"\S+(?: \S+)*", line[22:]) for line in told.splitlines()[1:3])
+    assert [cell.end() for cell in head] == [cell.end() for cell in row]
 
 
 @pytest.mark.parametrize("bad", [[], ["--codes-per-s", "9"], ["--report", "no/such.json"]])
