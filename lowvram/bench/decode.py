@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lowvram.bench.clock import SUM_BYTES, Timing, interleave, read_bandwidth
+from lowvram.bench.clock import SUM_BYTES, interleave, read_bandwidth
 from lowvram.bench.llama import HEAD, LlamaThinker
 from lowvram.bench.published import PublishedThinker
 from lowvram.bench.thinker import PackedThinker
@@ -19,7 +19,9 @@ from lowvram.errors import DeviceError
 from lowvram.quant import choose_head
 
 CONTEXT = 128
-PROMPT = 512
+PROMPT, SHORT_PROMPT = 512, 128
+"""Tokens of the prompts that are prefilled."""
+
 GROUP = 128
 
 
@@ -27,7 +29,8 @@ GROUP = 128
 class Row:
     """One line of the table.
 
-    Tokens a second are of the median run, and of the best; `bytes_per_token` is what decoding one
+    Tokens a second are of the median run, and of the best; of prefill with a prompt of 512 tokens,
+    and of 128 in `prefill_128_tokens_s`; `bytes_per_token` is what decoding one
     token reads. `of_bound` compares the best decoding with the `bound` of the same bytes. Ours and
     transformers' take turns; llama.cpp, whose threads would be in the way, comes after them.
     """
@@ -39,6 +42,7 @@ class Row:
     bytes_per_token: int
     decode_tokens_s_best: float
     prefill_tokens_s_best: float | None = None
+    prefill_128_tokens_s: float | None = None
     of_bound: float | None = None
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -77,23 +81,16 @@ def bench_decode(
         ours.add_head(head, choice.bits)
     note("transformers' weights")
     theirs = PublishedThinker(raw["thinker_config"]["text_config"], CONTEXT, PROMPT)
-    named: dict[str, tuple[str, int, Callable[[], Any], Callable[[], Any]]] = {
-        name: (kind, ours.bytes_per_token(kind), *_works(ours, kind))
+    works = [
+        _Work(name, kind, ours.bytes_per_token(kind), *_of_head(ours, kind))
         for name, kind in (("ours", head), ("ours-16bit-head", "16-bit"))
-    }
-    named["transformers-bf16"] = "16-bit", _dense_bytes(config), theirs.step, theirs.prefill
-    note("decoding, in turns")
-    steps = interleave([step for _, _, step, _ in named.values()], seconds)
-    note("prefill, in turns")
-    prompts = interleave([prefill for *_, prefill in named.values()], seconds)
-    rows = [
-        _row(name, kind, step, prompt, nbytes, bandwidth)
-        for (name, (kind, nbytes, *_)), step, prompt in zip(
-            named.items(), steps, prompts, strict=True
-        )
     ]
+    works.append(
+        _Work("transformers-bf16", "16-bit", _dense_bytes(config), theirs.step, theirs.prefill)
+    )
+    rows = _measured(works, seconds, bandwidth, note)
     read = rows[0].bytes_per_token
-    del ours, theirs, named
+    del ours, theirs, works
     gc.collect()
     bound = bandwidth / read
     rows.append(
@@ -109,34 +106,56 @@ def bench_decode(
     note("llama.cpp")
     try:
         with LlamaThinker(text, CONTEXT, PROMPT) as other:
-            (step,) = interleave([other.step], seconds)
-            (prompt,) = interleave([other.prefill], seconds)
-            nbytes = other.bytes_per_token()
+            work = _Work("llama.cpp", HEAD, other.bytes_per_token(), other.step, other.prefill)
+            rows += _measured([work], seconds, bandwidth, note)
     except DeviceError as error:
         note(f"no row for llama.cpp: {error}")
-    else:
-        rows.append(_row("llama.cpp", HEAD, step, prompt, nbytes, bandwidth))
     return rows
 
 
-def _works(ours: PackedThinker, head: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """One step of decoding, and one prefill."""
-    return lambda: ours.step(head), lambda: ours.prefill(head)
+@dataclass(frozen=True)
+class _Work:
+    """What is measured of a row: one step of decoding, and the prefill of so many tokens."""
+
+    name: str
+    head: str
+    bytes_per_token: int
+    step: Callable[[], object]
+    prefill: Callable[[int], object]
 
 
-def _row(
-    name: str, head: str, steps: Timing, prompts: Timing, nbytes: int, bandwidth: float
-) -> Row:
-    return Row(
-        name=name,
-        head=head,
-        decode_tokens_s=1 / steps.median,
-        prefill_tokens_s=PROMPT / prompts.median,
-        bytes_per_token=nbytes,
-        decode_tokens_s_best=1 / steps.best,
-        prefill_tokens_s_best=PROMPT / prompts.best,
-        of_bound=nbytes / steps.best / bandwidth,
+def _of_head(
+    ours: PackedThinker, head: str
+) -> tuple[Callable[[], object], Callable[[int], object]]:
+    """A step and a prefill that end in that head."""
+    return partial(ours.step, head), partial(ours.prefill, head)
+
+
+def _measured(
+    works: Sequence[_Work], seconds: float, bandwidth: float, note: Callable[[str], None]
+) -> list[Row]:
+    """All in turns, the parts one after the other."""
+    note("decoding, in turns")
+    steps = interleave([work.step for work in works], seconds)
+    note("prefill, in turns")
+    prompts, short = (
+        interleave([partial(work.prefill, tokens) for work in works], seconds)
+        for tokens in (PROMPT, SHORT_PROMPT)
     )
+    return [
+        Row(
+            name=work.name,
+            head=work.head,
+            decode_tokens_s=1 / step.median,
+            prefill_tokens_s=PROMPT / prompt.median,
+            bytes_per_token=work.bytes_per_token,
+            decode_tokens_s_best=1 / step.best,
+            prefill_tokens_s_best=PROMPT / prompt.best,
+            prefill_128_tokens_s=SHORT_PROMPT / shorter.median,
+            of_bound=work.bytes_per_token / step.best / bandwidth,
+        )
+        for work, step, prompt, shorter in zip(works, steps, prompts, short, strict=True)
+    ]
 
 
 def _dense_bytes(config: OmniConfig) -> int:

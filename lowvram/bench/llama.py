@@ -59,9 +59,9 @@ class LlamaThinker:
             self._run(0, self._prompt[: self._context])
         self._run(self._context, self._prompt[:1])
 
-    def prefill(self) -> None:
-        """The whole prompt, and the logits of its last token."""
-        self._run(0, self._prompt)
+    def prefill(self, tokens: int) -> None:
+        """The prompt's first `tokens`, and the logits of the last."""
+        self._run(0, self._prompt[:tokens])
 
     def bytes_per_token(self) -> int:
         """Bytes that decoding one token reads: layers, head, and float16 keys and values."""

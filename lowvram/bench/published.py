@@ -48,9 +48,9 @@ class PublishedThinker:
             self._run(self._prompt[:, : self._context], self._cache)
         return self._run(self._prompt[:, :1], self._cache)
 
-    def prefill(self) -> Tensor:
-        """Logits of the last token of the prompt."""
-        return self._run(self._prompt, self._new_cache())
+    def prefill(self, tokens: int) -> Tensor:
+        """Logits of the last of the prompt's first `tokens`."""
+        return self._run(self._prompt[:, :tokens], self._new_cache())
 
     def _run(self, x: Tensor, cache: Any) -> Tensor:
         with torch.inference_mode():

@@ -67,10 +67,10 @@ class PackedThinker:
         with kernel_phase("decode"), torch.inference_mode():
             return self._run(self._prompt[:, :1], self._context, head)
 
-    def prefill(self, head: str) -> Tensor:
-        """Logits of the last token of the prompt."""
+    def prefill(self, head: str, tokens: int) -> Tensor:
+        """Logits of the last of the prompt's first `tokens`."""
         with kernel_phase("prefill"), torch.inference_mode():
-            return self._run(self._prompt, 0, head)
+            return self._run(self._prompt[:, :tokens], 0, head)
 
     def bytes_per_token(self, head: str) -> int:
         """Bytes that decoding one token reads: layers, head, and keys and values so far."""

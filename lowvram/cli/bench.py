@@ -3,12 +3,12 @@ model's true shapes."""
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from lowvram.checkpoint import read_config
 from lowvram.cli.output import Console, print_json
 from lowvram.errors import UsageError
 from lowvram.planner import check_options
@@ -72,6 +72,7 @@ def shapes(model: str) -> Mapping[str, Any]:
 
     Raises:
         UsageError: none of these.
+        CheckpointError: a folder's `config.json` cannot be read, or is of another model.
     """
     if model == POCKET:
         from lowvram.pocket import pocket_config
@@ -80,23 +81,29 @@ def shapes(model: str) -> Mapping[str, Any]:
     spec = find_spec(model)
     if spec is not None:
         return spec.raw
-    path = Path(model) / "config.json"
-    if not path.is_file():
+    path = Path(model).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
         known = ", ".join([POCKET, *(spec.name for spec in SPECS.values())])
-        raise UsageError(f"no shapes are known of {model}; wanted a folder or one of {known}")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        raise UsageError(
+            f"no shapes are known of {model}; wanted a folder, a config.json, or one of {known}"
+        )
+    return read_config(file)[0]
 
 
 def table(rows: list[Row]) -> str:
     """The rows side by side, best runs in brackets."""
-    lines = ["name               head    decode tok/s (best)   prefill tok/s  GB/token  of bound"]
+    lines = [
+        f"{'name':<18} {'head':<7} {'decode tok/s (best)':>22} {'prefill tok/s of 128, 512':>26}"
+        f" {'GB/token':>9} {'of bound':>9}"
+    ]
     for row in rows:
-        prefill = f"{row.prefill_tokens_s:.0f}" if row.prefill_tokens_s else "-"
+        decode = f"{row.decode_tokens_s:.2f} ({row.decode_tokens_s_best:.2f})"
+        prefills = row.prefill_128_tokens_s, row.prefill_tokens_s
+        prefill = ", ".join(f"{speed:.0f}" if speed else "-" for speed in prefills)
         share = f"{row.of_bound:.0%}" if row.of_bound else "-"
         lines.append(
-            f"{row.name:<18} {row.head or '-':<7} {row.decode_tokens_s:>11.2f} "
-            f"({row.decode_tokens_s_best:.2f})".ljust(50)
-            + f"{prefill:>12} {row.bytes_per_token / 1e9:>9.2f} {share:>9}"
+            f"{row.name:<18} {row.head or '-':<7} {decode:>22} {prefill:>26}"
+            f" {row.bytes_per_token / 1e9:>9.2f} {share:>9}"
         )
     return "\n".join(lines)

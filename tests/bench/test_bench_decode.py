@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lowvram.bench import decode
 from lowvram.bench.clock import FEWEST, interleave
 from lowvram.cli import bench
 from lowvram.cli.main import main
-from lowvram.errors import UsageError
+from lowvram.errors import CheckpointError, UsageError
 from lowvram.quant import head_bytes
 
 FIELDS = {"name", "head", "decode_tokens_s", "prefill_tokens_s", "bytes_per_token"}
@@ -41,7 +42,8 @@ def test_the_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert dense["bytes_per_token"] - ours["bytes_per_token"] == saved
     assert rows["transformers-bf16"]["bytes_per_token"] > dense["bytes_per_token"]
     assert rows["bound"]["decode_tokens_s"] == pytest.approx(1e9 / ours["bytes_per_token"])
-    assert ours["prefill_tokens_s"] > 0 and rows["bound"]["prefill_tokens_s"] is None
+    for prefill in ("prefill_tokens_s", "prefill_128_tokens_s"):
+        assert ours[prefill] > 0 and rows["bound"][prefill] is None
 
 
 def test_the_head_is_rounded_only_where_allowed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +66,15 @@ def test_what_cannot_be_measured(
 ) -> None:
     assert main(["bench", "decode", *flags]) == UsageError("").exit_code
     assert message in capsys.readouterr().err
+
+
+def test_shapes_are_those_of_a_file_that_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(bench.shapes("pocket")))
+    assert bench.shapes(str(tmp_path)) == bench.shapes(str(file)) == bench.shapes("pocket")
+    file.write_text('{"thinker_config": [')
+    with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+        bench.shapes(str(tmp_path))
 
 
 def test_works_take_turns() -> None:

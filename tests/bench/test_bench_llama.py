@@ -64,7 +64,7 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
         assert not model.path.parent.exists()
         theirs.step()
         theirs.step()
-        theirs.prefill()
+        theirs.prefill(512)
         theirs.step()
         assert model.asked == [(0, 128), (128, 1), (128, 1), (0, 512), (128, 1)]
         assert library.waited == [model.ctx] * 5
@@ -83,7 +83,7 @@ def test_it_is_asked_for_one_token_after_the_context_and_for_the_whole_prompt(
 @pytest.mark.usefixtures("library")
 def test_the_row_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "read_bandwidth", lambda nbytes: 1e9)
-    seconds = iter([0.5, 4.0])
+    seconds = iter([0.5, 4.0, 2.0])
 
     def measured(works: Sequence[Callable[[], object]], _: float) -> list[Timing]:
         if len(works) > 1:
@@ -92,12 +92,15 @@ def test_the_row_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Timing(next(seconds), 0.25)]
 
     monkeypatch.setattr(decode, "interleave", measured)
-    idle = SimpleNamespace(step=None, prefill=None)
+    idle = SimpleNamespace(step=None, prefill=print)
     monkeypatch.setattr(decode, "PublishedThinker", lambda *shapes: idle)
     row = decode.bench_decode(bench.shapes("pocket"), ["head4"])[-1]
     assert (row.name, row.head) == ("llama.cpp", "8-bit")
     assert (row.decode_tokens_s, row.prefill_tokens_s) == (2.0, 128.0)
-    assert Llama.opened[0].asked == [(0, 128), (128, 1), (0, 512)] and Llama.opened[0].closed
+    assert row.prefill_128_tokens_s == 64.0
+    assert (
+        Llama.opened[0].asked == [(0, 128), (128, 1), (0, 512), (0, 128)] and Llama.opened[0].closed
+    )
     # Half a byte a weight and a step for 32 of them; the head a byte a weight and a step.
     text = TEXT
     width, inner, kv = text.hidden_size, text.intermediate_size, 2 * text.head_dim
