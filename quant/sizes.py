@@ -27,7 +27,7 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
 TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 """Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too.
 
-`native` needs two, and is planned like `cpu`, which takes its place where it cannot be built.
+`native` needs none, and is planned like `cpu`, which takes its place where it cannot be built.
 """
 
 

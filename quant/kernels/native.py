@@ -19,9 +19,7 @@ from torch import Tensor
 from ..native import NotBuilt, Processor, built, not_offered, processor
 from ..phase import Phase
 from ..scratch import Scratch
-from ..sizes import PIECE_WEIGHTS
 from . import Problem
-from .pieces import by_pieces, piece_columns
 
 JOINS = {"packed": 0, "scales_and_zeros": 0}
 
@@ -34,8 +32,8 @@ FLOAT16, OFFSETS, GATED = 1, 2, 4
 
 _SIGNATURES = {
     "four_bits": "pnnnnppippup",
+    "four_bits_many": "pnnnnppippup",
     "eight_bits": "pnnnpppup",
-    "values": "ppinnnnpup",
     "from_file": "pppinnnppup",
     "from_rows": "pnnpup",
 }
@@ -140,23 +138,10 @@ def run(
     phase: Phase,
     scratch: Scratch,
 ) -> Tensor:
-    """x bfloat16 [M, K] -> bfloat16 [M, N]."""
+    """x bfloat16 [M, K] -> bfloat16 [M, N]. It takes no scratch."""
     packed, pairs = held["packed"], held["scales_and_zeros"]
     form = FLOAT16 if pairs.dtype == torch.float16 else 0
-    if phase == "decode":
-        return product(x, packed, pairs, form, group, bias)
-    inputs, outputs = x.shape[1], packed.shape[0] * BLOCK
-
-    def weights(columns: slice) -> Tensor:
-        count = columns.stop - columns.start
-        (out,) = scratch.take(packed.device, ((inputs, count), torch.bfloat16))
-        shape = (inputs, group, columns.start, count)
-        _library().call("values", packed.data_ptr(), pairs.data_ptr(), form, *shape, out.data_ptr())
-        return out
-
-    return by_pieces(
-        x, outputs, piece_columns(PIECE_WEIGHTS["native"], inputs, 4 * BLOCK), weights, bias
-    )
+    return product(x, packed, pairs, form, group, bias, phase)
 
 
 def gated(
@@ -174,16 +159,23 @@ def gated(
 
 
 def product(
-    x: Tensor, packed: Tensor, pairs: Tensor, form: int, group: int, bias: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    pairs: Tensor,
+    form: int,
+    group: int,
+    bias: Tensor | None,
+    phase: Phase = "decode",
 ) -> Tensor:
-    """bfloat16 [M, K] times prepared weights -> bfloat16 [M, N]; rounded once, with the bias."""
+    """bfloat16 [M, K] times prepared weights -> bfloat16 [M, N]; rounded once, with the bias. In
+    decode weights are read once for eight rows; in prefill, where nothing may be gated, for all."""
     blocks, width = packed.shape
     rows = _rows(x, width // (BLOCK // 2))
     count, inputs = rows.shape
     outputs = blocks * BLOCK
     out = rows.new_empty(count, outputs // 2 if form & GATED else outputs)
     _library().call(
-        "four_bits",
+        "four_bits" if phase == "decode" else "four_bits_many",
         rows.data_ptr(),
         count,
         inputs,

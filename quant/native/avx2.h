@@ -75,7 +75,7 @@ inline Activations prepare_four(const uint16_t* x, int64_t rows, int64_t inputs,
     float* wide = room.data();
     for (int64_t k = 0; k < rows * inputs; ++k) wide[k] = wide_one(x[k]) * SHARE[k % 8];
     float* totals = wide + rows * inputs;
-    sum_groups(x, rows, inputs, group, totals);
+    sum_groups(x, rows * inputs, group, totals);
     return {x, wide, totals};
 }
 
@@ -119,6 +119,47 @@ inline void group_sums(const Activations& x, int64_t inputs, int64_t start, int6
     half_sums<ROWS>(x, inputs, start, length, packed, low);
     half_sums<ROWS>(x, inputs, start, length, packed + 32, high);
     for (int r = 0; r < ROWS; ++r) sums[r] = {low[r], high[r]};
+}
+
+// q - 8 of one input of one output.
+using Unpacked = float;
+using Input = float;
+constexpr int TILE_BLOCKS = 1, TILE_ROWS = 6;
+
+// Where a block's weights begin among those of an item: [4 blocks][length][16].
+inline int64_t place_in_tiles(int block, int64_t length) { return block * length * 16; }
+
+// One block's, `length` inputs of it.
+inline void unpack(const uint8_t* packed, int64_t length, Unpacked* out) {
+    constexpr int PLACES[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+    for (int64_t k = 0; k < length; k += 8, packed += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(packed + 2048), _MM_HINT_T0);
+        const Words words = load_words(packed);
+        for (int i = 0; i < 8; ++i, out += 16)
+            store(out, subtract(nibble(words, PLACES[i]), spread(8)));
+    }
+}
+
+// Rows of a step as the tiles want them: side by side, as floats.
+inline const Input* inputs_of(const uint16_t* x, int64_t rows, int64_t length, int64_t& stride,
+                              std::vector<Line>& room) {
+    float* wide = lines_of<float>(room, rows * length);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < length; k += 16)
+            store(wide + r * length + k, widen(x + r * stride + k, 0));
+    stride = length;
+    return wide;
+}
+
+template <int ROWS>
+inline void tile_sums(const Input* x, int64_t stride, const Unpacked* weights, int64_t length,
+                      Lanes (&sums)[ROWS][TILE_BLOCKS]) {
+    for (auto& row : sums) row[0] = zero();
+    for (int64_t k = 0; k < length; ++k, weights += 16) {
+        const Lanes across = load(weights);
+        for (int r = 0; r < ROWS; ++r)
+            sums[r][0] = add_product(across, spread(x[r * stride + k]), sums[r][0]);
+    }
 }
 
 inline float dot_eight(const float* x, const int8_t* weights, int64_t inputs) {

@@ -1,7 +1,6 @@
 // AVX-512 with products of bfloat16 pairs.
 
 using Lanes = __m512;
-using Words = __m512i;
 
 inline Lanes zero() { return _mm512_setzero_ps(); }
 inline Lanes spread(float value) { return _mm512_set1_ps(value); }
@@ -22,17 +21,10 @@ inline void narrow(uint16_t* out, Lanes values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-inline Words load_words(const uint8_t* packed) { return _mm512_loadu_si512(packed); }
-
-inline Lanes nibble(Words words, int place) {
-    const __m512i shifted = _mm512_srl_epi32(words, _mm_cvtsi32_si128(place));
-    return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(15)));
-}
-
 inline Activations prepare_four(const uint16_t* x, int64_t rows, int64_t inputs, int64_t group,
                                 std::vector<float>& room) {
     room.resize(rows * inputs / group);
-    sum_groups(x, rows, inputs, group, room.data());
+    sum_groups(x, rows * inputs, group, room.data());
     return {x, nullptr, room.data()};
 }
 
@@ -76,6 +68,51 @@ inline void group_sums(const Activations& x, int64_t inputs, int64_t start, int6
     for (int r = 0; r < ROWS; ++r) {
         sums[r] = chains[r][0];
         for (int i = 1; i < CHAINS; ++i) sums[r] = add(sums[r], chains[r][i]);
+    }
+}
+
+// Two neighbouring inputs of one output, q - 8 of each as bfloat16.
+using Unpacked = int32_t;
+using Input = uint16_t;
+constexpr int TILE_BLOCKS = 4, TILE_ROWS = 6;
+
+// Where a block's weights begin among those of an item: [length / 2][4 blocks][16].
+inline int64_t place_in_tiles(int block, int64_t) { return block * 16; }
+
+// One block's, `length` inputs of it.
+inline void unpack(const uint8_t* packed, int64_t length, Unpacked* out) {
+    constexpr int STRIDE = 16 * TILE_BLOCKS;
+    const __m512i numbers = centred_numbers();
+    for (int64_t k = 0; k < length; k += 8, packed += 64, out += 4 * STRIDE) {
+        _mm_prefetch(reinterpret_cast<const char*>(packed + 4096), _MM_HINT_T0);
+        const __m512i words = _mm512_loadu_si512(packed);
+        const __m512i parts[4] = {words, _mm512_srli_epi16(words, 4), _mm512_srli_epi16(words, 8),
+                                  _mm512_srli_epi16(words, 12)};
+        for (int i = 0; i < 4; ++i)
+            _mm512_store_si512(out + i * STRIDE, _mm512_permutexvar_epi16(parts[i], numbers));
+    }
+}
+
+// Rows of a step as the tiles want them: as they are.
+inline const Input* inputs_of(const uint16_t* x, int64_t, int64_t, int64_t&, std::vector<Line>&) {
+    return x;
+}
+
+template <int ROWS>
+inline void tile_sums(const Input* x, int64_t stride, const Unpacked* weights, int64_t length,
+                      Lanes (&sums)[ROWS][TILE_BLOCKS]) {
+    for (auto& row : sums)
+        for (auto& each : row) each = zero();
+    for (int64_t k = 0; k < length; k += 2, weights += 16 * TILE_BLOCKS) {
+        __m512i across[TILE_BLOCKS];
+        for (int b = 0; b < TILE_BLOCKS; ++b) across[b] = _mm512_load_si512(weights + 16 * b);
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * stride + k, sizeof pair);
+            const __m512i both = _mm512_set1_epi32(pair);
+            for (int b = 0; b < TILE_BLOCKS; ++b)
+                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)across[b], (__m512bh)both);
+        }
     }
 }
 

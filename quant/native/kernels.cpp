@@ -1,56 +1,17 @@
 // 4-bit and 8-bit products for few rows, and the way from a file's order of 4-bit weights to theirs
 // and back to 16 bits. Built for one kind of processor at a time; `lanes.h` has what differs.
-//
-// Order of the weights: blocks of 16 outputs, [N / 16][K / 8][16] words of 32 bits. A word holds
-// eight inputs of one output; input i of eight is nibble {0, 4, 1, 5, 2, 6, 3, 7}[i], so that two
-// neighbours lie in the halves of the word, where the products of bfloat16 pairs want them.
-// Order of scales: [N / 16][K / group][2][16] of 16 bits, 16 scales, then what goes with them:
-//   zero points: the weight is (q - 8 - t) * s, t being the zero point less 8;
-//   offsets:     the weight is (q - 8) * s + t.
 
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "lanes.h"
+#include "product.h"
+#include "team.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int BLOCK = 16;
 constexpr int MOST_ROWS = 8;
-constexpr int TILE_BLOCKS = 4;
-constexpr int FLOAT16 = 1, OFFSETS = 2, GATED = 4;
-
-using Work = void (*)(void*);
-using Team = void (*)(Work, void*, unsigned, unsigned);
-
-// Hands out the numbers 0 to `count` to the threads of a team, `step` at a time: a thread that is
-// held up by another process then keeps nobody waiting.
-template <class Body>
-struct Shared {
-    const Body& body;
-    int64_t count, step;
-    std::atomic<int64_t> next;
-
-    static void run(void* self) {
-        auto& work = *static_cast<Shared*>(self);
-        for (;;) {
-            const int64_t first = work.next.fetch_add(work.step);
-            if (first >= work.count) return;
-            const int64_t last = first + work.step;
-            work.body(first, last < work.count ? last : work.count);
-        }
-    }
-};
-
-template <class Body>
-void in_parallel(int64_t count, int64_t parts, unsigned threads, Team team, const Body& body) {
-    if (threads < 2 || team == nullptr || count < 2) return body(int64_t{0}, count);
-    const int64_t wanted = parts * threads;
-    Shared<Body> work{body, count, count > wanted ? count / wanted : 1, {0}};
-    team(&Shared<Body>::run, &work, threads, 0);
-}
 
 Lanes rounded_lanes(Lanes values) {
     uint16_t narrowed[BLOCK];
@@ -60,42 +21,21 @@ Lanes rounded_lanes(Lanes values) {
 
 int place_of(int input) { return 4 * (input / 2) + 16 * (input % 2); }
 
-struct Product {
-    Activations x;
-    int64_t inputs, outputs, group;
-    const uint8_t* packed;
-    const uint16_t* pairs;
-    int form;
-    const uint16_t* bias;
-    uint16_t* out;
-};
-
 // One block's outputs for all rows, in fp32, with the bias.
 template <int ROWS>
 void block_outputs(const Product& p, int64_t block, Lanes* total) {
     const int64_t groups = p.inputs / p.group;
     const uint8_t* packed = p.packed + block * p.inputs * 8;
-    const uint16_t* pairs = p.pairs + block * groups * 2 * BLOCK;
     for (int r = 0; r < ROWS; ++r) total[r] = zero();
     for (int64_t g = 0; g < groups; ++g) {
         Lanes sums[ROWS];
         group_sums<ROWS>(p.x, p.inputs, g * p.group, p.group, packed, sums);
-        const Lanes scale = widen(pairs, p.form & FLOAT16);
-        const Lanes other = widen(pairs + BLOCK, p.form & FLOAT16);
-        for (int r = 0; r < ROWS; ++r) {
-            const Lanes all = spread(p.x.totals[r * groups + g]);
-            if (p.form & OFFSETS) {
-                total[r] = add_product(scale, sums[r], total[r]);
-                total[r] = add_product(other, all, total[r]);
-            } else {
-                total[r] = add_product(scale, take_product(other, all, sums[r]), total[r]);
-            }
-        }
+        const Scales scales(p, block, g);
+        for (int r = 0; r < ROWS; ++r)
+            total[r] = scales.add_to(total[r], sums[r], spread(p.x.totals[r * groups + g]), p.form);
         packed += p.group * 8;
-        pairs += 2 * BLOCK;
     }
-    if (!p.bias) return;
-    for (int r = 0; r < ROWS; ++r) total[r] = add(total[r], widen(p.bias + block * BLOCK, 0));
+    for (int r = 0; r < ROWS; ++r) total[r] = with_bias(p, block, total[r]);
 }
 
 // x / (1 + e^-x), rounded to bfloat16 as all that is handed on is.
@@ -154,22 +94,6 @@ constexpr FourBits FOUR_BITS[2][MOST_ROWS] = {
     {gated<1>, gated<2>, gated<3>, gated<4>, gated<5>, gated<6>, gated<7>, gated<8>},
 };
 
-// One block's inputs `start` to `stop`, which lie in one group, as bfloat16 rows of `stride`.
-void values(const uint8_t* packed, const uint16_t* pairs, int form, int64_t length, uint16_t* out,
-            int64_t stride) {
-    const Lanes scale = widen(pairs, form & FLOAT16);
-    const Lanes other = widen(pairs + BLOCK, form & FLOAT16);
-    const Lanes zeros = form & OFFSETS ? spread(8) : add(other, spread(8));
-    const Lanes offset = form & OFFSETS ? other : zero();
-    for (int64_t k = 0; k < length; k += 8, packed += 8 * BLOCK / 2, out += 8 * stride) {
-        const Words words = load_words(packed);
-        for (int i = 0; i < 8; ++i) {
-            const Lanes centred = subtract(nibble(words, place_of(i)), zeros);
-            narrow(out + i * stride, add_product(centred, scale, offset));
-        }
-    }
-}
-
 // Eight nibbles of each of 16 outputs, [8][16] bytes -> one block's 16 words.
 void join_words(const uint8_t* q, uint8_t* packed) {
     uint32_t words[BLOCK] = {};
@@ -224,26 +148,13 @@ void lowvram_eight_bits(const uint16_t* x, int64_t rows, int64_t inputs, int64_t
     }
 }
 
-// Outputs `first` to `first + count` (multiples of 16) -> bfloat16 [inputs][count].
-void lowvram_values(const uint8_t* packed, const uint16_t* pairs, int form, int64_t inputs,
-                    int64_t group, int64_t first, int64_t count, uint16_t* out, unsigned threads,
-                    Team team) {
-    const int64_t groups = inputs / group, blocks = count / BLOCK;
-    const int64_t tiles = (blocks + TILE_BLOCKS - 1) / TILE_BLOCKS;
-    packed += first * inputs / 2;
-    pairs += first * groups * 2;
-    in_parallel(tiles * groups, 8, threads, team, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t g = tile / tiles, left = tile % tiles * TILE_BLOCKS;
-            const int64_t right = left + TILE_BLOCKS < blocks ? left + TILE_BLOCKS : blocks;
-            // Few rows at a time: what is written of them lies side by side in whole cache lines.
-            for (int64_t k = 0; k < group; k += 8)
-                for (int64_t b = left; b < right; ++b)
-                    values(packed + (b * inputs + g * group + k) * 8,
-                           pairs + (b * groups + g) * 2 * BLOCK, form, 8,
-                           out + (g * group + k) * count + b * BLOCK, count);
-        }
-    });
+// The same for many rows, of which none are gated.
+void lowvram_four_bits_many(const uint16_t* x, int64_t rows, int64_t inputs, int64_t outputs,
+                            int64_t group, const uint8_t* packed, const uint16_t* pairs, int form,
+                            const uint16_t* bias, uint16_t* out, unsigned threads, Team team) {
+    const Activations as_they_are{x, nullptr, nullptr};
+    many_rows({as_they_are, inputs, outputs, group, packed, pairs, form, bias, out}, rows, threads,
+              team);
 }
 
 // The file's int32 qweight [K][N / 8], qzeros [K / group][N / 8] and scales [K / group][N] (of 16

@@ -34,26 +34,40 @@ inline uint16_t half_one(int value) {
     return _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), 0), 0);
 }
 
-inline void sum_groups(const uint16_t* x, int64_t rows, int64_t inputs, int64_t group,
-                       float* totals) {
-    for (int64_t start = 0; start < rows * inputs; start += group) {
-        float chains[16] = {};
-        for (int64_t k = 0; k < group; k += 16)
-            for (int i = 0; i < 16; ++i) chains[i] += wide_one(x[start + k + i]);
-        float sum = 0;
-        for (float each : chains) sum += each;
-        *totals++ = sum;
-    }
-}
-
 inline const float* widen_row(const uint16_t* x, int64_t inputs, std::vector<float>& room) {
     room.resize(inputs);
     for (int64_t k = 0; k < inputs; ++k) room[k] = wide_one(x[k]);
     return room.data();
 }
 
+// Room for numbers, from the beginning of a cache line.
+struct alignas(64) Line {
+    char bytes[64];
+};
+
+template <class Value>
+Value* lines_of(std::vector<Line>& room, int64_t count) {
+    const size_t needed = (count * sizeof(Value) + sizeof(Line) - 1) / sizeof(Line);
+    if (room.size() < needed) room.resize(needed);
+    return reinterpret_cast<Value*>(room.data());
+}
+
+// Sums of rows over each `length` inputs, [rows][inputs / length].
+inline void sum_groups(const uint16_t* x, int64_t count, int64_t length, float* totals);
+
 #if defined(LOWVRAM_AVX512)
 #include "avx512.h"
 #else
 #include "avx2.h"
 #endif
+
+inline void sum_groups(const uint16_t* x, int64_t count, int64_t length, float* totals) {
+    for (const uint16_t* end = x + count; x < end; x += length) {
+        Lanes lanes = zero();
+        for (int64_t k = 0; k < length; k += 16) lanes = add(lanes, widen(x + k, 0));
+        float each[16], sum = 0;
+        store(each, lanes);
+        for (float one : each) sum += one;
+        *totals++ = sum;
+    }
+}

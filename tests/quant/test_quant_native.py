@@ -22,9 +22,7 @@ from lowvram.quant import (
     kernel_phase,
     linear_bytes,
     preferred_kernel,
-    scratch_bytes,
     select,
-    sizes,
 )
 from lowvram.quant.kernels import native, reference
 from lowvram.quant.native import Processor, not_offered, processor
@@ -106,23 +104,38 @@ def test_every_group_type_of_scale_and_number_of_rows(
         held = native.prepare(*tensors, group)
         for rows in range(1, 10):
             x = torch.randn(rows, 256).bfloat16()
-            found = native.run(x, held, bias, group, "decode", Scratch())
-            assert error(found, x.double() @ weights.double() + bias.double()) < 3e-3, rows
+            for phase in ("decode", "prefill"):
+                found = native.run(x, held, bias, group, phase, Scratch())  # type: ignore[arg-type]
+                assert error(found, x.double() @ weights.double() + bias.double()) < 3e-3, rows
 
 
-def test_weights_of_16_bits_are_the_rounded_formula_bit_for_bit(
-    kinds: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("inputs", "group"), [(96, 48), (512, 256), (1376, 1376)])
+def test_rows_come_out_the_same_whatever_they_come_with(
+    inputs: int, group: int, kinds: list[str]
 ) -> None:
-    monkeypatch.setitem(sizes.PIECE_WEIGHTS, "native", 256 * 128)  # several pieces, the last short
+    """In prefill: groups that are not unpacked at once, and more rows than are summed at a time."""
+    tensors = stored(inputs, 16 * 9, group)
+    weights = reference.dequantize(*tensors, group)
+    x = torch.randn(517, inputs).bfloat16()
+    for _ in kinds:
+        held = native.prepare(*tensors, group)
+        found = computed(x, held, group, "prefill")
+        assert error(found, x.double() @ weights.double()) < 3e-3
+        for rows in (slice(0, 1), slice(250, 257), slice(400, 417)):
+            assert torch.equal(computed(x[rows], held, group, "prefill"), found[rows])
+
+
+def test_single_weights_are_the_formula_rounded_once(kinds: list[str]) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         tensors = stored(256, 336, 64, dtype)
         wanted = reference.dequantize(*tensors, 64).bfloat16()
         for _ in kinds:
-            held = native.prepare(*tensors, 64)
-            scratch = Scratch()
-            found = native.run(torch.eye(256).bfloat16(), held, None, 64, "prefill", scratch)
-            assert torch.equal(found, wanted)
-            assert 0 < scratch.nbytes <= scratch_bytes(256, 336, "native")
+            held, scratch = native.prepare(*tensors, 64), Scratch()
+            for phase in ("decode", "prefill"):
+                ones = torch.eye(256).bfloat16()
+                found = native.run(ones, held, None, 64, phase, scratch)  # type: ignore[arg-type]
+                assert torch.equal(found, wanted)
+            assert scratch.nbytes == 0
 
 
 def test_sums_that_float32_holds_are_exact(kinds: list[str]) -> None:
@@ -131,7 +144,9 @@ def test_sums_that_float32_holds_are_exact(kinds: list[str]) -> None:
     x = torch.randint(-2, 3, (3, 256)).bfloat16()
     wanted = (x.float() @ reference.dequantize(*tensors, 64)).bfloat16()
     for _ in kinds:
-        assert torch.equal(computed(x, native.prepare(*tensors, 64), 64, "decode"), wanted)
+        held = native.prepare(*tensors, 64)
+        for phase in ("decode", "prefill"):
+            assert torch.equal(computed(x, held, 64, phase), wanted)
 
 
 @pytest.mark.parametrize("scale", [65504.0, 6e-8, 0.0])
@@ -165,7 +180,7 @@ def test_threads_change_nothing(threads: int, kinds: list[str]) -> None:
             held = native.prepare(*tensors, 128)
             assert all(torch.equal(held[name], alone[name]) for name in held)
             assert torch.equal(computed(x, held, 128, "decode"), wanted[0])
-            torch.testing.assert_close(computed(x, held, 128, "prefill"), wanted[1])
+            assert torch.equal(computed(x, held, 128, "prefill"), wanted[1])
     finally:
         torch.set_num_threads(before)
 
