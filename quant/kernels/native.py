@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..huge_pages import in_huge_pages
 from ..native import NotBuilt, Processor, built, not_offered, processor
 from ..phase import Phase
 from ..scratch import Scratch
@@ -125,7 +126,9 @@ def empty(
 ) -> tuple[Tensor, Tensor]:
     """Room for the weights of a linear, and for what goes with each of its groups."""
     blocks = outputs // BLOCK
-    packed = torch.empty(blocks, BLOCK * inputs // 2, dtype=torch.uint8, device=device)
+    packed = in_huge_pages(
+        torch.empty(blocks, BLOCK * inputs // 2, dtype=torch.uint8, device=device)
+    )
     pairs = torch.empty(blocks, inputs // group, 2, BLOCK, dtype=dtype, device=device)
     return packed, pairs
 
