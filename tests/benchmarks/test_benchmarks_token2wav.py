@@ -102,6 +102,22 @@ def test_operations_are_those_of_the_matrices() -> None:
     assert longer.vocoder == pytest.approx(2 * counted.vocoder, rel=0.01)
 
 
+def test_peaks_of_shorter_and_longer_speech(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import token2wav_memory
+
+    path = tmp_path / "a.json"
+    arguments = ["--seconds", "0.4", "0.3", "0.8", "--modes", "default", "--json", str(path)]
+    assert token2wav_memory.main(arguments, CONFIG) == 0
+    found = json.loads(path.read_text())["modes"]["default"]
+    peaks = found["peak_bytes"]
+    # Neither of the shorter ones fills a piece and what lies ahead of it.
+    assert 0 < peaks["0.3"] <= peaks["0.4"] < peaks["0.8"]
+    assert found["grown"] == peaks["0.8"] / peaks["0.3"]
+    assert "MiB for 0.8 s" in capsys.readouterr().out
+
+
 def test_passes_with_the_official_constants() -> None:
     from token2wav_model import official_pass
 
