@@ -33,12 +33,15 @@ ASKED = 1.01
 
 
 def peak(config: OmniConfig, voice: Voice, settings: VocodeSettings, seconds: float) -> int:
-    """Bytes of activations and of what is kept, code by code as the engine vocodes."""
+    """Bytes of activations and of what is kept, code by code as the engine vocodes, from when the
+    voice is prepared: that takes the same whatever is said."""
     with torch.device("meta"):
         model = Token2Wav(config).requires_grad_(False).eval()
     meter = Meter(open_device("meta"))
+    stream = SpeechStream(model, voice, NoiseSource(0), settings)
+    with torch.inference_mode():
+        stream.prepare()
     with meter.phase("vocode"), torch.inference_mode():
-        stream = SpeechStream(model, voice, NoiseSource(0), settings)
         for _ in range(round(seconds * CODES_PER_SECOND)):
             for _ in stream.push([0]):
                 pass
