@@ -8,6 +8,7 @@ weights are `(q - zero) * scale` without a rounding in between.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..native import NotBuilt, Processor, built, not_offered, processor
 from ..phase import Phase
 from ..scratch import Scratch
 from . import Problem
+from .reference import dequantize
 
 JOINS = {"packed": 0, "scales_and_zeros": 0}
 
@@ -78,13 +80,40 @@ def refusal(problem: Problem) -> str | None:
 
 @cache
 def library(kind: Processor | None) -> Library | str:
-    """The library for a kind of processor, or why there is none; tried once."""
+    """The library for a kind of processor, or why there is none; tried once. The plan that counted
+    on it is made already, so that a refusal is told here as well."""
     if kind is None:
         return "the processor is of no known kind"
     try:
-        return Library(built(kind), _team())
+        found = _loaded(kind)
+        if _right():
+            return found
+        refused = "they do not compute what they should: another compiler (CXX) may build better"
     except (NotBuilt, OSError, AttributeError) as error:
-        return str(error)
+        refused = str(error)
+    warnings.warn(f"compiled kernels are not used: {refused}", stacklevel=2)
+    return refused
+
+
+@cache
+def _loaded(kind: Processor) -> Library:
+    return Library(built(kind), _team())
+
+
+def _right() -> bool:
+    """Whether small sums and weights, which 16 bits hold exactly, are what they should be."""
+    inputs, outputs = 64, 4 * BLOCK
+    words = torch.arange((inputs + 2) * outputs // 8, device="cpu").mul_(0x9E3779B1)
+    qweight, qzeros = words.to(torch.int32).view(-1, outputs // 8).split((inputs, 2))
+    scales = torch.arange(2 * outputs, device="cpu").remainder_(4).view(2, -1).half() / 2
+    wanted = dequantize(qweight, qzeros, scales, inputs // 2)
+    x = torch.arange(inputs, device="cpu").sub_(20).bfloat16().unsqueeze(0)
+    held = prepare(qweight, qzeros, scales, inputs // 2)
+    sums = run(x, held, None, inputs // 2, "decode", Scratch())
+    ones = torch.eye(inputs, device="cpu").bfloat16()
+    weights = run(ones, held, None, inputs // 2, "prefill", Scratch())
+    exact = (x.float() @ wanted).bfloat16()
+    return torch.equal(sums, exact) and torch.equal(weights, wanted.bfloat16())
 
 
 def _team() -> int:
@@ -103,9 +132,9 @@ def _team() -> int:
 
 
 def _library() -> Library:
-    found = library(processor())
-    assert not isinstance(found, str)  # or the kernel would have refused
-    return found
+    kind = processor()
+    assert kind is not None  # or the kernel would have refused
+    return _loaded(kind)
 
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict[str, Tensor]:
@@ -205,8 +234,9 @@ def product_of_bytes(x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
 
 def _rows(x: Tensor, inputs: int) -> Tensor:
     """What the library may read: it is given addresses alone."""
-    if x.dtype != torch.bfloat16 or x.shape[1] != inputs:
-        raise TypeError(f"{x.dtype} {list(x.shape)}; wanted bfloat16 [rows, {inputs}]")
+    if x.dtype != torch.bfloat16 or x.shape[1] != inputs or not x.is_cpu:
+        found = f"{x.dtype} {list(x.shape)} on {x.device}"
+        raise TypeError(f"{found}; wanted bfloat16 [rows, {inputs}] on the cpu")
     return x.contiguous()
 
 

@@ -1,7 +1,8 @@
 """Building the kernels with the user's compiler on first use, and keeping the result for him.
 
 A library in the cache is code that will run: the folder has to be the user's own, and writable by
-nobody else, or nothing is taken from it.
+nobody else, or nothing is taken from it. A digest at its end tells whether it is whole; what is not
+(of a disk that was full, or a machine that lost its power) is built again.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +33,10 @@ builds again what has failed to build before."""
 _SOURCES = Path(__file__).parent
 _MAIN = "kernels.cpp"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
-_SECONDS = 120
+_SECONDS, _VERSION_SECONDS = 120, 20
+"""That building may take, and telling a version."""
+
+_DIGEST = hashlib.sha256
 
 
 class NotBuilt(Exception):
@@ -55,7 +60,8 @@ def not_offered(weights: int) -> str | None:
     try:
         _, failed = _places(command, kind)
         _check(failed.parent)
-        return None if switch == "1" else failed.read_text(encoding="utf-8")
+        said = failed.read_text(encoding="utf-8", errors="replace")
+        return None if switch == "1" else said or None
     except FileNotFoundError:
         return None
     except (NotBuilt, OSError) as error:
@@ -74,19 +80,25 @@ def built(kind: Processor) -> Path:
         raise NotBuilt("there is no C++ compiler (CXX, c++, g++ or clang++)")
     library, failed = _places(command, kind)
     try:
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone(library.with_suffix(".lock")):
-            if not library.exists():
-                _build(command, kind, library, failed)
-            _check(library)
+        # A cache that is there may be one that can only be read.
+        if not _is_whole(library):
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _alone(library.with_suffix(".lock")):
+                if not _is_whole(library):
+                    _build(command, kind, library, failed)
+        _check(library.parent)
+        _check(library)
     except OSError as error:
         raise NotBuilt(f"the cache cannot be used: {error}") from error
     return library
 
 
 def compiler() -> tuple[str, ...] | None:
-    """The command of the user's C++ compiler."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    """The command of the user's C++ compiler; None without one, or if `CXX` names none."""
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quotation without an end
+        return None
     for name, *options in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         found = shutil.which(name)
         if found:
@@ -95,9 +107,17 @@ def compiler() -> tuple[str, ...] | None:
 
 
 def _places(command: tuple[str, ...], kind: Processor) -> tuple[Path, Path]:
-    """Where the library lies, and what is left of a failure to build it."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    home = Path(chosen) if chosen else Path.home() / ".cache"
+    """Where the library lies, and what is left of a failure to build it.
+
+    Raises:
+        NotBuilt: the compiler does not tell its version, or the user has no home.
+    """
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # As the convention has it, a place relative to wherever one is does not count.
+        home = chosen if chosen.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise NotBuilt(f"there is no place to keep them: {error}; set XDG_CACHE_HOME") from error
     name = f"{kind.name.lower()}-{_digest(command, kind)}"
     folder = home / "lowvram-omni-native"
     return folder / f"{name}.so", folder / f"{name}.failed"
@@ -106,20 +126,20 @@ def _places(command: tuple[str, ...], kind: Processor) -> tuple[Path, Path]:
 @cache
 def _digest(command: tuple[str, ...], kind: Processor) -> str:
     """Of all that makes one library another: sources, flags and compiler."""
-    digest = hashlib.sha256(repr((command, _version(command), _FLAGS, kind.flags)).encode())
+    version = _version(command)
+    if version is None:
+        raise NotBuilt(f"{command[0]} does not tell its version")
+    digest = _DIGEST(repr((command, version, _FLAGS, kind.flags)).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
 
-def _version(command: tuple[str, ...]) -> str:
-    try:
-        run = subprocess.run(
-            [*command, "--version"], capture_output=True, timeout=_SECONDS, check=True
-        )
-        return run.stdout.decode(errors="replace")
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NotBuilt(f"{command[0]} does not tell its version: {error}") from error
+@cache
+def _version(command: tuple[str, ...]) -> str | None:
+    """What the compiler says of itself; None if it fails or takes too long. Asked once."""
+    done, said = _run([*command, "--version"], _VERSION_SECONDS)
+    return said if done else None
 
 
 def _build(command: tuple[str, ...], kind: Processor, library: Path, failed: Path) -> None:
@@ -127,27 +147,63 @@ def _build(command: tuple[str, ...], kind: Processor, library: Path, failed: Pat
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         options = [*_FLAGS, *kind.flags, str(_SOURCES / _MAIN), "-o", str(made)]
-        try:
-            run = subprocess.run(
-                [*command, *options],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_SECONDS,
-            )
-            said = "" if run.returncode == 0 and made.exists() else run.stderr or "no output"
-        except (OSError, subprocess.SubprocessError) as error:
-            said = str(error)
-        if not said:
-            made.chmod(0o700)
+        done, said = _run([*command, *options], _SECONDS)
+        if done and made.exists():
+            _seal(made)
             made.replace(library)
             failed.unlink(missing_ok=True)
             return
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    line = next((line for line in lines if "error" in line.lower()), lines[0])
-    why = f"{Path(command[0]).name} could not build them: {line[:160]}"
+    line = next((line for line in lines if "error" in line.lower()), [*lines, "no output"][0])
+    why = f"{Path(command[0]).name} could not build them: {line[:160]}; {SWITCH}=1 tries again"
     failed.write_text(why, encoding="utf-8")
     raise NotBuilt(why)
+
+
+def _run(command: list[str], seconds: float) -> tuple[bool, str]:
+    """Whether a command succeeds within that time, and what it says then, or else of its failure.
+    Nothing of it is left running."""
+    try:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                said, complained = process.communicate(timeout=seconds)
+            except BaseException:
+                # A compiler is a driver and the programs that it starts.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+    except subprocess.TimeoutExpired:
+        return False, f"not done after {seconds:g} s"
+    except OSError as error:
+        return False, str(error)
+    return (True, said) if process.returncode == 0 else (False, complained)
+
+
+def _seal(library: Path) -> None:
+    """Append the digest of what is there, for the user alone, on the disk."""
+    library.chmod(0o700)
+    with library.open("r+b") as file:
+        file.write(_DIGEST(file.read()).digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether all that was built is there."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = _DIGEST().digest_size
+    return _DIGEST(content[:-size]).digest() == content[-size:]
 
 
 @contextmanager

@@ -83,6 +83,7 @@ inline void item(const Product& p, int64_t length, int64_t block, int64_t row, i
 
 // x bfloat16 [rows][inputs] times the weights, plus a bias if there is one -> out [rows][outputs].
 inline void many_rows(Product p, int64_t rows, unsigned threads, Team team) {
+    if (!rows) return;
     static thread_local std::vector<float> room;
     const int64_t length = inputs_at_a_time(p.group), steps = p.inputs / length;
     room.resize(rows * steps);

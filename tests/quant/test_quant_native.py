@@ -265,12 +265,46 @@ def test_gates_are_what_the_operations_one_by_one_make(kinds: list[str]) -> None
             torch.testing.assert_close(found, F.silu(both[:16]), rtol=2**-7, atol=1e-30)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_no_rows_give_no_rows(phase: str, kinds: list[str]) -> None:
+    for _ in kinds:
+        held = native.prepare(*stored(128, 48, 64), 64)
+        assert computed(torch.empty(0, 128).bfloat16(), held, 64, phase).shape == (0, 48)
+
+
 def test_addresses_are_given_only_of_what_fits() -> None:
     for _ in KINDS:
         held = native.prepare(*stored(128, 16, 64), 64)
-        for x in (torch.randn(1, 128), torch.randn(1, 64).bfloat16()):
+        wrong = (torch.randn(1, 128), torch.randn(1, 64).bfloat16())
+        for x in (*wrong, torch.empty(1, 128, dtype=torch.bfloat16, device="meta")):
             with pytest.raises(TypeError, match="wanted bfloat16"):
                 computed(x, held, 64, "decode")
+
+
+@pytest.mark.parametrize(
+    ("broken", "place"), [("from_file", 3), ("four_bits", 7), ("four_bits_many", 7)]
+)
+def test_what_computes_wrong_is_not_used(
+    broken: str, place: int, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = native.Library.call
+
+    def mistaken(self: native.Library, name: str, *given: int | None) -> None:
+        """Takes numbers for those of another form, or makes them so."""
+        changed = list(given)
+        if name == broken:
+            changed[place] = (given[place] or 0) ^ (1 if broken == "from_file" else 2)
+        call(self, name, *changed)
+
+    for _ in kinds:
+        assert native._right()
+        native.library.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(native.Library, "call", mistaken)
+            with pytest.warns(UserWarning, match="do not compute what they should"):
+                found = select(Problem("cpu", torch.bfloat16, 2048, 256, 128))
+        native.library.cache_clear()
+        assert found.name == "cpu" and "they do not compute" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,22 +52,31 @@ class Compiler:
     def does(self, body: str, version: str = "1") -> None:
         self.script.write_text(SCRIPT.format(log=self.log, body=body, version=version))
         self.script.chmod(0o755)
-        builder._digest.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    """As a process that begins."""
+    for known in (native.library, native._loaded, builder._digest, builder._version):
+        known.cache_clear()
+
+
+def text(library: Path) -> str:
+    """What the compiler wrote, without the digest behind it."""
+    return library.read_bytes()[:-32].decode()
 
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(builder, "processor", lambda: AVX2)
     monkeypatch.setattr(native, "processor", lambda: AVX2)
-    native.library.cache_clear()
     yield Compiler(tmp_path, monkeypatch)  # type: ignore[misc]
-    native.library.cache_clear()
-    builder._digest.cache_clear()
+    forget()
 
 
 def test_is_built_once_and_again_for_another_compiler_or_processor(compiler: Compiler) -> None:
     first = built(AVX2)
-    assert first.read_text() == "library\n" and built(AVX2) == first and compiler.calls == 1
+    assert text(first) == "library\n" and built(AVX2) == first and compiler.calls == 1
     assert first.parent == compiler.folder and compiler.folder.stat().st_mode & 0o777 == 0o700
     assert built(AVX512) != first and compiler.calls == 2
     compiler.does(WRITES, version="2")
@@ -85,7 +98,7 @@ def test_is_built_again_for_other_sources(
 def test_processes_that_want_it_at_once_build_it_once(compiler: Compiler) -> None:
     code = (
         "from lowvram.quant.native import built; from lowvram.quant.native.processors import AVX2;"
-        "import sys; print(built(AVX2).read_text().strip(), 'torch' in sys.modules)"
+        "import sys; print(built(AVX2).read_bytes()[:7].decode(), 'torch' in sys.modules)"
     )
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -101,15 +114,17 @@ def test_a_failing_compiler_is_told_and_not_tried_again(
 ) -> None:
     compiler.does(FAILS)
     assert preferred_kernel("cpu", "bfloat16", weights=WEIGHTS).name == "native"  # not known yet
-    why = "cxx could not build them: x.cpp:1: error: no such flag"
-    kernel = select(LARGE)
+    why = "cxx could not build them: x.cpp:1: error: no such flag; LOWVRAM_NATIVE=1 tries again"
+    with pytest.warns(UserWarning, match="compiled kernels are not used: cxx could not build"):
+        kernel = select(LARGE)  # the plan had counted on it
     assert kernel.name == "cpu" and kernel.reason == f"the native kernel cannot: {why}"
     planned = preferred_kernel("cpu", "bfloat16", weights=WEIGHTS)
     assert planned.name == "cpu" and planned.reason.endswith(f"are not used: {why}")
-    native.library.cache_clear()
+    forget()
     assert select(LARGE).name == "cpu" and compiler.calls == 1
     monkeypatch.setenv("LOWVRAM_NATIVE", "1")
-    assert select(LARGE).name == "cpu" and compiler.calls == 2
+    with pytest.warns(UserWarning, match="not used"):
+        assert select(LARGE).name == "cpu" and compiler.calls == 2
     compiler.does(WRITES)
     assert built(AVX2).exists() and not list(compiler.folder.glob("*.failed"))
     monkeypatch.delenv("LOWVRAM_NATIVE")
@@ -117,7 +132,8 @@ def test_a_failing_compiler_is_told_and_not_tried_again(
 
 
 def test_what_is_built_but_no_library_is_not_used(compiler: Compiler) -> None:
-    kernel = select(LARGE)
+    with pytest.warns(UserWarning, match="not used"):
+        kernel = select(LARGE)
     assert kernel.name == "cpu" and "native kernel cannot" in kernel.reason
 
 
@@ -127,16 +143,99 @@ def test_without_a_compiler(compiler: Compiler, monkeypatch: pytest.MonkeyPatch)
     assert kernel.name == "cpu" and "there is no C++ compiler" in kernel.reason
     with pytest.raises(NotBuilt, match="no C"):
         built(AVX2)
+    monkeypatch.setenv("CXX", 'g++ "-O1')
+    assert "there is no C++ compiler" in str(not_offered(WEIGHTS))
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(compiler.cache))
     assert builder.compiler() is None
 
 
-def test_a_compiler_without_a_version(compiler: Compiler) -> None:
-    compiler.script.write_text("#!/bin/sh\nexit 3\n")
-    assert "does not tell its version" in select(LARGE).reason and compiler.calls == 0
+@pytest.mark.parametrize("does", ["exit 3", "sleep 30"])
+def test_a_compiler_without_a_version(
+    compiler: Compiler, does: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "_VERSION_SECONDS", 0.2)
+    compiler.script.write_text(f"#!/bin/sh\necho asked >> {compiler.log}\n{does}\n")
+    for _ in range(3):
+        assert "does not tell its version" in select(LARGE).reason
+    assert compiler.calls == 1, "every linear asks"
 
 
+def test_a_compiler_that_hangs_is_ended_with_all_it_started(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "_SECONDS", 0.5)
+    compiler.does(f"sleep 60 & echo $! > {tmp_path / 'child'}; wait")
+    with pytest.raises(NotBuilt, match=r"not done after 0.5 s; LOWVRAM_NATIVE=1 tries again"):
+        built(AVX2)
+    child = int((tmp_path / "child").read_text())
+    gone = time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        while time.monotonic() < gone and not _zombie(child):
+            os.kill(child, 0)
+            time.sleep(0.01)
+    assert time.monotonic() < gone
+    assert "not done" in str(not_offered(WEIGHTS)) and compiler.calls == 1
+    assert sorted(p.suffix for p in compiler.folder.iterdir()) == [".failed", ".lock"]
+
+
+def _zombie(process: int) -> bool:
+    """Whether a process has ended, and nobody has asked how."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_what_is_no_longer_whole_is_built_again(compiler: Compiler) -> None:
+    library = built(AVX2)
+    for spoilt in (b"", b"library", library.read_bytes()[:-1], b"L" + library.read_bytes()[1:]):
+        library.write_bytes(spoilt)
+        assert text(built(AVX2)) == "library\n"
+    assert compiler.calls == 5
+
+
+def test_a_cache_that_can_only_be_read_serves(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = built(AVX2)
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(builder.os, "open", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert built(AVX2) == library
+    with pytest.raises(NotBuilt, match=r"the cache cannot be used: .*Read-only"):
+        built(AVX512)
+
+
+def test_a_marker_of_failure_that_says_nothing(compiler: Compiler) -> None:
+    library = built(AVX2)
+    marker = library.with_suffix(".failed")
+    marker.write_bytes(b"")
+    assert not_offered(WEIGHTS) is None
+    marker.write_bytes(b"caf\xe9")
+    assert not_offered(WEIGHTS) == "caf\ufffd"
+
+
+def test_the_place_of_the_cache(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value in ("", "relative/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert built(AVX2).parent == tmp_path / "home" / ".cache" / "lowvram-omni-native"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    planned = preferred_kernel("cpu", "bfloat16", weights=WEIGHTS)
+    assert planned.name == "cpu" and "home directory.; set XDG_CACHE_HOME" in planned.reason
+    assert select(LARGE).name == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:compiled kernels are not used")
 @pytest.mark.parametrize("place", ["folder", "library", "above"])
 def test_what_others_can_write_is_not_run(compiler: Compiler, place: str) -> None:
     library = built(AVX2)
