@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# What torch's host allocator says, and oneDNN when it gets no memory; both are RuntimeErrors.
-_SAID = ("DefaultCPUAllocator", "could not create a primitive")
+# What torch's host allocator says, oneDNN when it gets no memory, and drivers and libraries of
+# accelerators beside torch's allocator; torch_npu's own has no class for it in every release.
+_SAID = ("DefaultCPUAllocator", "could not create a primitive", "out of memory")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import DoesNotFitError, LowVRAMError, UsageError
-from lowvram.offload import format_size, open_device
+from lowvram.offload import format_size, open_device, out_of_memory
 from lowvram.quantize.assemble import Assembly
 from lowvram.quantize.job import Job, prepare_job
 from lowvram.quantize.layers import LayerWork
@@ -105,15 +105,10 @@ def _work(
                 "--resume"
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise DoesNotFitError(
                 f"out of memory within a plan of {format_size(job.plan.memory)}; what is finished "
                 "is kept: free some memory, then go on with --resume"
             ) from error
     return made
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch has a class for it on accelerators only; on the CPU a word in the message tells."""
-    return isinstance(error, MemoryError) or "memory" in str(error)

@@ -238,6 +238,18 @@ def test_a_device_that_is_full_is_no_failure_of_the_operator() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             select(problem)
         assert select(problem).name == "ascend" and chips.refused_shapes == {}
+        check, full = operator._check, "NPU out of memory. NPUWorkspaceAllocator tried to allocate"
+
+        def crowded(*args: Any) -> None:
+            raise RuntimeError(f"{full} 2.00 MiB")
+
+        operator._check = crowded  # what has no class of its own says so in words
+        other = Problem("npu", torch.bfloat16, 128, 192, 64)
+        assert preferred_kernel("npu", "bfloat16").name == "ascend"
+        with pytest.raises(RuntimeError, match=full):
+            select(other)
+        operator._check = check
+        assert select(other).name == "ascend" and chips.refused_shapes == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -166,16 +166,21 @@ def test_a_disk_that_is_full_while_writing_can_be_gone_on_with(
 def test_memory_that_runs_out_is_said_and_other_faults_are_not_hidden(
     model: Path, quantize: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors: list[Exception] = [RuntimeError("can't allocate memory: 9 bytes"), MemoryError()]
+    errors: list[Exception] = [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ]
 
     def fail(*_: Any, **__: Any) -> None:
         raise errors.pop()
 
     monkeypatch.setattr("lowvram.quantize.layers.quantize_layer", fail)
-    for _ in range(2):
+    for _ in range(3):
         refused(DoesNotFitError, "go on with --resume", quantize, model, resume=True)
-    errors.append(RuntimeError("a fault"))
-    refused(RuntimeError, "a fault", quantize, model, resume=True)
+    for fault in ("a fault", "CUDA error: an illegal memory access was encountered"):
+        errors.append(RuntimeError(fault))
+        refused(RuntimeError, fault, quantize, model, resume=True)
 
 
 @pytest.mark.parametrize(
