@@ -56,4 +56,5 @@ def _shift(found: Products) -> Tensor | None:
     if found.lost is None:
         return None
     _, factor = factored(found.own[0], DAMPING)
-    return torch.cholesky_solve(found.lost.double(), factor).T.float()
+    lost = found.lost.to(factor.device).double()
+    return torch.cholesky_solve(lost, factor).T.float().to(found.lost.device)

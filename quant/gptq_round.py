@@ -52,20 +52,23 @@ def feedback(products: Tensor, damping: float) -> Feedback:
     damped, lower = factored(products[order][:, order].flip(0, 1), damping)
     # A lower factor of the flipped matrix is an upper one of the matrix: H = U U^T, L = U^T.
     shares = lower.div_(lower.diagonal().clone()).T.flip(0, 1).tril(-1)
-    return Feedback(order, damped.flip(0, 1).float(), shares.float())
+    place = products.device
+    return Feedback(order, damped.flip(0, 1).float().to(place), shares.float().to(place))
 
 
 def factored(products: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Products [K, K], each input given a share of its own energy more (and of the mean's, so that
-    one without any has some), and the lower factor of that; both float64. Inputs without energy,
-    or with one that overflows, are taken to be unrelated.
+    one without any has some), and the lower factor of that; both float64, and on the host where the
+    device is an NPU, which has no such numbers. Inputs without energy, or with one that overflows,
+    are taken to be unrelated.
     """
-    damped = products.to(torch.float64, copy=True)
+    home = torch.device("cpu") if products.device.type == "npu" else products.device
+    damped = products.to(home).to(torch.float64, copy=True)
     energy = damped.diagonal().clone()
     damped.diagonal().add_(damping * (energy + _LEAST * energy.mean()))
     lower, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) or not bool(torch.isfinite(lower).all()):
-        damped = torch.eye(len(products), dtype=torch.float64, device=products.device)
+        damped = torch.eye(len(products), dtype=torch.float64, device=home)
         return damped, damped.clone()
     return damped, lower
 
