@@ -45,13 +45,15 @@ class QuantizeReport:
         }
 
     def __str__(self) -> str:
-        lines = ["layer     rounded     result   worst linear"]
-        for layer in self.layers:
+        lines = ["layer     rounded     result   seconds   worst linear"]
+        known = [f"{each:.3g}" for each in self.layer_seconds] or ["-"] * len(self.layers)
+        for layer, seconds in zip(self.layers, known, strict=True):
             before, after = (_error(layer[key]) for key in ("error_before", "error_after"))
             worst = max(layer["linears"], key=lambda linear: float(linear["awq_error"]))
             share = _error(worst["awq_error"])
             lines.append(
-                f"{layer['layer']:5d} {before:>11} {after:>10}   {worst['linear']} {share}"
+                f"{layer['layer']:5d} {before:>11} {after:>10} {seconds:>9}   "
+                f"{worst['linear']} {share}"
             )
         lines.append(self._summary())
         if self.verification:

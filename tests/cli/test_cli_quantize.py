@@ -65,16 +65,22 @@ def test_a_table_of_layers_for_people(
 ) -> None:
     assert main([str(model), str(tmp_path / "result"), *QUICK]) == 0
     told = capsys.readouterr()
-    assert told.out.splitlines()[0].split() == ["layer", "rounded", "result", "worst", "linear"]
+    assert told.out.splitlines()[0].split() == [
+        *("layer", "rounded", "result", "seconds", "worst", "linear")
+    ]
     assert len(told.out.splitlines()) == 6
     summary = told.out.splitlines()[-1]
     assert re.fullmatch(r"rtn: mean error 0\.\d+ -> 0\.\d+, [\d.e-]+ s a layer", summary)
     assert "\r" not in told.err, "a bar is for terminals"
     assert main([str(model), str(tmp_path / "result"), *QUICK, "--resume", "-v"]) == 0
     more = capsys.readouterr().out
-    assert more.count("mlp.down_proj") >= 4 and more.endswith(
-        told.out[: told.out.rindex(",")] + "\n"
+    assert more.count("mlp.down_proj") >= 4
+    assert more.endswith(f"\n{summary[: summary.rindex(',')]}\n")
+    first, again = (
+        [line.split() for line in said.splitlines()[-5:-1]] for said in (told.out, more)
     )
+    assert all(float(row.pop(3)) > 0 for row in first)
+    assert [row.pop(3) for row in again] == ["-"] * 4 and first == again
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def test_each_layer_is_nearer_than_the_search_alone_and_the_report_says_so(
         assert kept == ["qkv", "o", "gate-up", "down"]
     assert len(report.layer_seconds) == 2 and min(report.layer_seconds) > 0
     assert report.to_json()["layer_seconds"] == report.layer_seconds
+    rows = [line.split() for line in str(report).splitlines()[:3]]
+    assert [row[3] for row in rows] == ["seconds", *(f"{s:.3g}" for s in report.layer_seconds)]
     line = next(line for line in str(report).splitlines() if line.startswith("awq+gptq: "))
     assert line.endswith(" s a layer") and " -> " in line
     assert report.verification["kl"] > 0
