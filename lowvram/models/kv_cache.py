@@ -79,14 +79,15 @@ class KVCache:
             ValueError: the cache is shorter than that.
         """
         if self._place is not None and self.bias is not None:
-            return self._write_one(index, self._place, len(self.bias), keys, values)
+            for rows, new in zip(self.layer(index), (keys, values), strict=True):
+                self._store_one(new, rows, self._place)
+            return self._read(index, len(self.bias))
         end = start + keys.shape[2]
         if end > self.max_tokens:
             raise ValueError(f"{end} tokens in a KV cache made for {self.max_tokens}")
-        all_keys, all_values = self.layer(index)
-        all_keys[:, :, start:end].copy_(keys)
-        all_values[:, :, start:end].copy_(values)
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        for rows, new in zip(self.layer(index), (keys, values), strict=True):
+            self._store(new, rows[:, :, start:end])
+        return self._read(index, end)
 
     def follow(self, place: Tensor, span: int, filled: int) -> None:
         """From now on tokens come one by one, each to `place` (int64 [1], on the device), and
@@ -103,13 +104,18 @@ class KVCache:
         bias[:filled] = 0
         self._place, self.bias = place, bias
 
-    def _write_one(
-        self, index: int, place: Tensor, span: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = self.layer(index)
-        all_keys.index_copy_(2, place, keys)
-        all_values.index_copy_(2, place, values)
-        return all_keys[:, :, :span], all_values[:, :, :span]
+    def _store(self, new: Tensor, rows: Tensor) -> None:
+        """[B, Hkv, T, D] into as many rows of `data`."""
+        rows.copy_(new)
+
+    def _store_one(self, new: Tensor, rows: Tensor, place: Tensor) -> None:
+        """[B, Hkv, 1, D] into the row at `place` of all of a layer's."""
+        rows.index_copy_(2, place, new)
+
+    def _read(self, index: int, stop: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of the first `stop` tokens."""
+        keys, values = self.layer(index)
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def at(self, index: int, start: int) -> AbstractContextManager[None]:
         """Entered around the work on one layer, of which the first `start` rows are needed: here

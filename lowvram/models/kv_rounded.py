@@ -51,34 +51,17 @@ class RoundedKVCache(KVCache):
 
     def write(self, index: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.write`."""
-        if self._place is not None and self.bias is not None:
-            return self._write_one(index, self._place, len(self.bias), keys, values)
-        end = start + keys.shape[2]
-        if end > self.max_tokens:
-            raise ValueError(f"{end} tokens in a KV cache made for {self.max_tokens}")
-        for rows, new in zip(self.layer(index), (keys, values), strict=True):
-            self._round(new, rows[:, :, start:end])
-        found = self._widened(index, end)
-        if keys.shape[2] > 1 or self._moved is None:
+        found = super().write(index, start, keys, values)
+        if self._place is None and (keys.shape[2] > 1 or self._moved is None):
             self._judge((keys, values), found)
         return found
-
-    def _write_one(
-        self, index: int, place: Tensor, span: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        for rows, new in zip(self.layer(index), (keys, values), strict=True):
-            one = rows.new_empty(*new.shape[:3], rows.shape[3])
-            self._round(new, one)
-            rows.index_copy_(2, place, one)
-        return self._widened(index, span)
 
     def free(self) -> None:
         """As `KVCache.free`."""
         super().free()
         self._wide = self._wide.new_empty(0)
 
-    def _round(self, new: Tensor, rows: Tensor) -> None:
-        """[B, Hkv, T, D] into int8 [B, Hkv, T, row]."""
+    def _store(self, new: Tensor, rows: Tensor) -> None:
         numbers, scales = self._parts(rows)
         wide = new.to(torch.float32, copy=True).unflatten(-1, self._split)
         largest = torch.maximum(wide.amax(-1), wide.amin(-1).neg_())
@@ -88,7 +71,12 @@ class RoundedKVCache(KVCache):
         wide.div_(step.float().unsqueeze(-1)).round_().clamp_(-127, 127)
         numbers.copy_(wide)
 
-    def _widened(self, index: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _store_one(self, new: Tensor, rows: Tensor, place: Tensor) -> None:
+        one = rows.new_empty(*new.shape[:3], rows.shape[3])
+        self._store(new, one)
+        super()._store_one(one, rows, place)
+
+    def _read(self, index: int, stop: int) -> tuple[Tensor, Tensor]:
         for rows, wide in zip(self.layer(index), self._wide.unbind(0), strict=True):
             numbers, scales = self._parts(rows[:, :, :stop])
             grouped = wide[:, :, :stop].unflatten(-1, self._split)
