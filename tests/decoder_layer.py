@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram.quant import Geometry
+from lowvram.quant import Geometry, LayerResult, SearchSettings, quantize_layer
 
 Weights = Mapping[str, Tensor]
 
@@ -17,6 +17,14 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 GEOMETRY = Geometry(heads=4, kv_heads=2, head_dim=64)
+
+
+class Items(list[Tensor]):
+    """Calibration inputs in memory; the last `held` of them are for judging."""
+
+    def __init__(self, items: list[Tensor], held: int = 1) -> None:
+        super().__init__(items)
+        self.held_out = frozenset(range(len(items) - held, len(items)))
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,14 @@ class Layer:
             change += float((self.forward(changed, i, x) - true).square().sum())
         return change / energy
 
+    def quantized(
+        self, weights: Weights, items: list[Tensor] | None, settings: SearchSettings | None = None
+    ) -> LayerResult:
+        """Such weights packed; the last two items judge."""
+        inputs = None if items is None else Items(items, 2)
+        calls = weights, self.forward, self.capture, inputs, self.geometry
+        return quantize_layer(*calls, settings or SearchSettings())
+
     def _run(self, weights: Weights, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         attended = _norm(x, weights[NORMS[0]])
         out, mixed = self.attention(weights, attended)
@@ -108,18 +124,12 @@ class Layer:
         return x + out, captured
 
 
-class Items(list[Tensor]):
-    """Calibration inputs in memory; the last `held` of them are for judging."""
-
-    def __init__(self, items: list[Tensor], held: int = 1) -> None:
-        super().__init__(items)
-        self.held_out = frozenset(range(len(items) - held, len(items)))
+LAYER = Layer()
 
 
 def awkward(kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A layer and inputs of which something is the matter."""
-    layer = Layer()
-    weights, items = layer.weights(), layer.inputs(4, 48)
+    weights, items = LAYER.weights(), LAYER.inputs(4, 48)
     gate = weights["mlp.gate_proj.weight"]
     if kind == "dead channel":
         weights[NORMS[0]][5] = weights[NORMS[1]][5] = 0

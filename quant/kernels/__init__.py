@@ -74,12 +74,12 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
 
 def select_stored(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The same for tensors that are to stay as the file has them: of a layer that streams."""
-    from . import ascend_stored
+    from . import ascend_stored, reference
 
     dtype = str(problem.dtype).removeprefix("torch.")
     name, reason = preferred_kernel(problem.device, dtype, asked, problem.inputs * problem.outputs)
     if name == "ascend" and ascend_stored.refusal(problem) is None:
-        return Kernel(name, reason, ascend_stored.prepare, ascend_stored.run, ascend_stored.JOINS)
+        return Kernel(name, reason, reference.prepare, ascend_stored.run, joins={})
     chosen = select(problem, asked) if problem.device == "cuda" else None
     if chosen is not None and chosen.name in AS_STORED:
         return chosen

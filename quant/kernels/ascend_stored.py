@@ -18,8 +18,6 @@ from . import Problem, ascend
 from .pieces import piece_columns
 from .words import as_stored
 
-JOINS: dict[str, int] = {}
-
 _PIECE_WEIGHTS = 1 << 24
 """Weights turned at a time: half as many bytes, a quarter of what the reference takes."""
 
@@ -35,11 +33,6 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict[str, Tensor]:
-    """It computes from the stored tensors as they are."""
-    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
-
-
 def run(
     x: Tensor,
     held: dict[str, Tensor],
@@ -48,7 +41,7 @@ def run(
     phase: Phase,
     scratch: Scratch,
 ) -> Tensor:
-    """x [M, K] -> [M, N], in the type of x."""
+    """x [M, K] -> [M, N], in the type of x; `held` is what the file has."""
     qweight, qzeros, scales = held["qweight"], held["qzeros"], held["scales"]
     inputs, outputs = x.shape[1], scales.shape[1]
     rows, result = x.contiguous(), x.new_empty(len(x), outputs)

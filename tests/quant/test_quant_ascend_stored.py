@@ -11,7 +11,7 @@ from simdevice import operator
 from torch import Tensor
 
 from lowvram.quant import Scratch, pack, scratch_bytes, sizes
-from lowvram.quant.kernels import Problem, ascend, ascend_stored
+from lowvram.quant.kernels import Problem, ascend, ascend_stored, reference
 from lowvram.quant.kernels.words import as_stored
 
 RNG = np.random.default_rng(13)
@@ -37,7 +37,7 @@ def both(
     """As it arrives, and where it stays."""
     before = [tensor.clone() for tensor in tensors]
     scratch = Scratch()
-    held = ascend_stored.prepare(*tensors, group)
+    held = reference.prepare(*tensors, group)
     arrived = ascend_stored.run(x, held, bias, group, "decode", scratch)
     assert all(torch.equal(one, other) for one, other in zip(before, tensors, strict=True))
     inputs, outputs = tensors[0].shape[0], tensors[2].shape[1]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from decoder_layer import AWKWARD, NORMS, Items, Layer, awkward
+from decoder_layer import AWKWARD, LAYER, NORMS, Items, Layer, awkward
 from published_awq import published_awq
 from torch import Tensor
 
@@ -18,25 +18,12 @@ from lowvram.quant.search_inputs import Seen, look
 from lowvram.quant.search_ranges import best_ranges
 from lowvram.quant.search_scales import best_scale
 
-LAYER = Layer()
 SEARCH = SearchSettings()
-
-
-def packed(
-    weights: dict[str, Tensor], items: list[Tensor] | None, settings: SearchSettings = SEARCH
-) -> LayerResult:
-    inputs = None if items is None else Items(items, 2)
-    return quantize_layer(weights, LAYER.forward, LAYER.capture, inputs, LAYER.geometry, settings)
-
-
-@pytest.fixture(scope="module")
-def items() -> list[Tensor]:
-    return LAYER.inputs(8, 96)
 
 
 @pytest.fixture(scope="module")
 def found(items: list[Tensor]) -> LayerResult:
-    return packed(LAYER.weights(), items)
+    return LAYER.quantized(LAYER.weights(), items)
 
 
 def test_better_than_published_awq_on_inputs_nobody_saw(
@@ -45,7 +32,7 @@ def test_better_than_published_awq_on_inputs_nobody_saw(
     weights, unseen = LAYER.weights(), LAYER.inputs(3, seed=99)
     theirs = LAYER.error(weights, published_awq(LAYER, weights, items[:-2], 128), unseen)
     ours = LAYER.error(weights, dense_layer(found.tensors, 128), unseen)
-    plain = packed(weights, items, SearchSettings(method="rtn"))
+    plain = LAYER.quantized(weights, items, SearchSettings(method="rtn"))
     rtn = LAYER.error(weights, dense_layer(plain.tensors, 128), unseen)
     # Of the root of the energy, which is the stricter reading: 0.95 of it is 0.9 of the energy.
     assert ours**0.5 <= 0.95 * theirs**0.5 and theirs < 0.7 * rtn
@@ -111,7 +98,7 @@ def test_channels_and_items_without_information_do_not_end_the_search() -> None:
     for kind in ("dead channel", "an input that overflowed"):
         weights, items = awkward(kind)
         items[-1][2, 2] = float("nan")
-        result = packed(weights, items)
+        result = LAYER.quantized(weights, items)
         assert result.error_after is not None and result.error_before is not None
         assert result.error_after < 0.7 * result.error_before, kind
         assert result.steps[0].tried == "scale and ranges" and result.steps[0].kept, kind
@@ -192,7 +179,7 @@ def test_a_norm_of_zero_and_a_quotient_out_of_range_have_no_scale() -> None:
 def test_never_worse_than_rounding_on_inputs_without_structure(group_size: int) -> None:
     draw = torch.Generator().manual_seed(7)
     plain = [torch.randn(40, 256, generator=draw) for _ in range(4)]
-    result = packed(LAYER.weights(5), plain, SearchSettings(group_size=group_size))
+    result = LAYER.quantized(LAYER.weights(5), plain, SearchSettings(group_size=group_size))
     assert result.error_after is not None and result.error_before is not None
     assert result.error_after <= result.error_before
     assert result.tensors["mlp.down_proj.scales"].shape == (512 // group_size, 256)
@@ -202,7 +189,7 @@ def test_a_step_that_hurts_is_not_kept(items: list[Tensor]) -> None:
     """Calibration inputs that are nothing like the held-out ones lead the search astray."""
     draw = torch.Generator().manual_seed(9)
     odd = [torch.randn(8, 1, generator=draw) * torch.randn(1, 256, generator=draw) for _ in "12"]
-    result = packed(LAYER.weights(), [*odd, *items[-2:]])
+    result = LAYER.quantized(LAYER.weights(), [*odd, *items[-2:]])
     assert not all(step.kept for step in result.steps)
     assert result.error_after is not None and result.error_before is not None
     assert result.error_after <= result.error_before
@@ -211,7 +198,7 @@ def test_a_step_that_hurts_is_not_kept(items: list[Tensor]) -> None:
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_awkward_layers_stay_finite_and_no_worse(kind: str) -> None:
     weights, items = awkward(kind)
-    result = packed(weights, items)
+    result = LAYER.quantized(weights, items)
     dense = dense_layer(result.tensors, 128)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in dense.values())
     assert result.error_after is not None and result.error_before is not None
@@ -223,14 +210,16 @@ def test_awkward_layers_stay_finite_and_no_worse(kind: str) -> None:
 @pytest.mark.parametrize("settings", [SEARCH, SearchSettings(method="rtn")])
 def test_a_group_of_constants_keeps_its_value(settings: SearchSettings) -> None:
     weights, _ = awkward("constants")
-    dense = dense_layer(packed(weights, None, settings).tensors, 128)["mlp.gate_proj.weight"]
+    dense = dense_layer(LAYER.quantized(weights, None, settings).tensors, 128)[
+        "mlp.gate_proj.weight"
+    ]
     for row, value in enumerate((0.25, -3.0, 0.0)):
         assert torch.allclose(dense[row], torch.full((256,), value), rtol=1e-3), value
 
 
 def test_without_inputs_ranges_alone_are_searched() -> None:
     weights = LAYER.weights()
-    result = packed(weights, None)
+    result = LAYER.quantized(weights, None)
     assert result.error_before is None and result.error_after is None and result.steps == ()
     assert all(each.awq_error < each.rtn_error for each in result.reports)
     dense = dense_layer(result.tensors, 128)
@@ -244,7 +233,7 @@ def test_without_inputs_ranges_alone_are_searched() -> None:
 
 def test_plain_rounding() -> None:
     weights = LAYER.weights()
-    dense = dense_layer(packed(weights, None, SearchSettings(method="rtn")).tensors, 128)
+    dense = dense_layer(LAYER.quantized(weights, None, SearchSettings(method="rtn")).tensors, 128)
     true = weights["mlp.up_proj.weight"].view(512, -1, 128)
     step = (true.amax(-1) - true.amin(-1)) / 15
     off = (dense["mlp.up_proj.weight"].view_as(true) - true).abs().amax(-1)
@@ -252,7 +241,7 @@ def test_plain_rounding() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(items: list[Tensor], found: LayerResult) -> None:
-    again = packed(LAYER.weights(), items)
+    again = LAYER.quantized(LAYER.weights(), items)
     assert list(again.tensors) == list(found.tensors) and again.steps == found.steps
     for name, tensor in again.tensors.items():
         assert torch.equal(tensor, found.tensors[name]), name
@@ -264,7 +253,7 @@ def test_large_linears_go_by_in_blocks(
     """Also where the last block is a short one."""
     monkeypatch.setattr("lowvram.quant.search_grid._BLOCK", 3 * 512 + 1)
     assert len(list(row_blocks(torch.empty(256, 512)))) == 86
-    blocks = packed(LAYER.weights(), items)
+    blocks = LAYER.quantized(LAYER.weights(), items)
     for name, tensor in blocks.tensors.items():
         assert torch.equal(tensor, found.tensors[name]), name
     for one, whole in zip(blocks.reports, found.reports, strict=True):
@@ -278,7 +267,7 @@ def test_errors_of_linears_are_of_their_outputs_on_held_out_tokens(
 ) -> None:
     weights = LAYER.weights()
     dense = dense_layer(found.tensors, 128)
-    plain = dense_layer(packed(weights, items, SearchSettings(method="rtn")).tensors, 128)
+    plain = dense_layer(LAYER.quantized(weights, items, SearchSettings(method="rtn")).tensors, 128)
     x = torch.cat([LAYER.capture(weights, i, x)["mlp.gate_proj"] for i, x in enumerate(items[-2:])])
     # The norm before it carries the inverse of the scale.
     scale = weights[NORMS[1]] / dense[NORMS[1]]
@@ -294,7 +283,8 @@ def test_errors_of_linears_are_of_their_outputs_on_held_out_tokens(
 
 
 def test_the_seed_chooses_the_tokens(items: list[Tensor]) -> None:
-    few = [packed(LAYER.weights(), items, SearchSettings(search_tokens=12, seed=s)) for s in (0, 1)]
+    some = [SearchSettings(search_tokens=12, seed=seed) for seed in (0, 1)]
+    few = [LAYER.quantized(LAYER.weights(), items, settings) for settings in some]
     assert few[0].steps != few[1].steps
 
 
@@ -321,11 +311,11 @@ def test_the_number_of_threads_changes_next_to_nothing() -> None:
 def test_refusals() -> None:
     weights = LAYER.weights()
     with pytest.raises(CheckpointError, match=r"no mlp\.down_proj\.weight"):
-        packed({k: v for k, v in weights.items() if "down" not in k}, None)
+        LAYER.quantized({k: v for k, v in weights.items() if "down" not in k}, None)
     with pytest.raises(CheckpointError, match="groups of 128"):
-        packed({**weights, "mlp.up_proj.weight": torch.zeros(512, 200)}, None)
+        LAYER.quantized({**weights, "mlp.up_proj.weight": torch.zeros(512, 200)}, None)
     with pytest.raises(CheckpointError, match="no finite"):
-        packed({**weights, NORMS[0]: torch.full((256,), float("nan"))}, None)
+        LAYER.quantized({**weights, NORMS[0]: torch.full((256,), float("nan"))}, None)
     for wrong in ({"bits": 3}, {"group_size": 100}, {"method": "gptq"}):
         with pytest.raises(UsageError):
             SearchSettings(**wrong)  # type: ignore[arg-type]

@@ -7,17 +7,16 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from decoder_layer import AWKWARD, Items, Layer, awkward
+from decoder_layer import AWKWARD, LAYER, Items, awkward
 from torch import Tensor
 
-from lowvram.quant import LayerResult, SearchSettings, dense_layer, quantize_layer
+from lowvram.quant import LayerResult, SearchSettings, dense_layer
 from lowvram.quant.gptq import DAMPING, Compensation
 from lowvram.quant.gptq_inputs import Products, products
 from lowvram.quant.gptq_round import compensated, factored, feedback
 from lowvram.quant.search_fold import GROUPS
 from lowvram.quant.search_grid import Grid, full_range, nearest, values
 
-LAYER = Layer()
 BOTH = SearchSettings(method="awq+gptq")
 
 
@@ -226,28 +225,16 @@ def test_blocks_are_rounded_each_by_itself() -> None:
         assert torch.equal(coded.grid.steps[:, groups], alone.grid.steps)
 
 
-def packed(
-    weights: dict[str, Tensor], items: list[Tensor] | None, settings: SearchSettings = BOTH
-) -> LayerResult:
-    inputs = None if items is None else Items(items, 2)
-    return quantize_layer(weights, LAYER.forward, LAYER.capture, inputs, LAYER.geometry, settings)
-
-
-@pytest.fixture(scope="module")
-def items() -> list[Tensor]:
-    return LAYER.inputs(8, 96)
-
-
 @pytest.fixture(scope="module")
 def found(items: list[Tensor]) -> LayerResult:
-    return packed(LAYER.weights(), items)
+    return LAYER.quantized(LAYER.weights(), items, BOTH)
 
 
 def test_a_layer_is_far_nearer_on_inputs_nobody_saw(
     items: list[Tensor], found: LayerResult
 ) -> None:
     weights, unseen = LAYER.weights(), LAYER.inputs(3, seed=99)
-    searched = packed(weights, items, SearchSettings())
+    searched = LAYER.quantized(weights, items)
     before = LAYER.error(weights, dense_layer(searched.tensors, 128), unseen)
     after = LAYER.error(weights, dense_layer(found.tensors, 128), unseen)
     assert after < 0.45 * before
@@ -272,7 +259,7 @@ def test_what_is_stored_has_the_error_that_was_judged(
 
 
 def test_two_runs_give_the_same_bytes(items: list[Tensor], found: LayerResult) -> None:
-    again = packed(LAYER.weights(), items)
+    again = LAYER.quantized(LAYER.weights(), items, BOTH)
     assert again.steps == found.steps
     for name, tensor in again.tensors.items():
         assert torch.equal(tensor, found.tensors[name]), name
@@ -282,8 +269,8 @@ def test_compensation_that_hurts_is_not_kept(items: list[Tensor]) -> None:
     """Two tokens that are nothing like those that judge: what they tell is refused."""
     draw = torch.Generator().manual_seed(9)
     odd = [torch.randn(1, 256, generator=draw) for _ in "12"]
-    searched = packed(LAYER.weights(), [*odd, *items[-2:]], SearchSettings())
-    result = packed(LAYER.weights(), [*odd, *items[-2:]])
+    searched = LAYER.quantized(LAYER.weights(), [*odd, *items[-2:]])
+    result = LAYER.quantized(LAYER.weights(), [*odd, *items[-2:]], BOTH)
     tried = [step for step in result.steps if step.tried.startswith("compensation")]
     assert any(not step.kept for step in tried)
     assert {step.tried for step in tried} == {"compensation", "compensation alone"}
@@ -296,7 +283,7 @@ def test_awkward_layers_stay_finite_and_no_worse(kind: str) -> None:
     weights, items = awkward(kind)
     if kind == "one token":
         items = [x[:1] for x in items[:3]]
-    result = packed(weights, items)
+    result = LAYER.quantized(weights, items, BOTH)
     stored = dense_layer(result.tensors, 128)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in stored.values())
     assert result.error_after is not None and result.error_before is not None
@@ -304,6 +291,6 @@ def test_awkward_layers_stay_finite_and_no_worse(kind: str) -> None:
 
 
 def test_without_inputs_it_is_the_search_alone() -> None:
-    plain, result = (packed(LAYER.weights(), None, s) for s in (SearchSettings(), BOTH))
+    plain, result = (LAYER.quantized(LAYER.weights(), None, s) for s in (SearchSettings(), BOTH))
     assert result.steps == ()
     assert all(torch.equal(t, plain.tensors[name]) for name, t in result.tensors.items())
