@@ -23,6 +23,9 @@ LONGEST_KEY_BLOCK = 8192
 CAUSAL_ROWS = 64
 """Rows of a block on the CPU, of every query head."""
 
+_LOWER_RIGHT = 2
+"""The mask of torch's memory-efficient kernel: `CausalVariant` of torch/nn/attention/bias.py."""
+
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -72,21 +75,20 @@ def attention(
         return _unmasked(folded, k, v, scale).reshape(q.shape)
     if q.device.type == "cpu":
         return _causal_cpu(q, k, v, scale)
-    if q.device.type == "cuda" and _cuda_fuses(q[:, :kv_heads], k, v, causal=True):
-        return _causal_cuda(q, k, v, scale)
+    if q.device.type == "cuda" and (out := _causal_cuda(q, k, v, scale)) is not None:
+        return out
     return blockwise(q, k, v, causal=True, scale=scale)
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Every row sees every key; equal numbers of heads."""
     if q.device.type == "cpu":
-        out: Tensor = _flash_cpu(q, k, v, scale=scale)[0]
-        return out
+        flashed: Tensor = _flash_cpu(q, k, v, scale=scale)[0]
+        return flashed
     if q.device.type == "cuda":
-        fused = _cuda_fuses(q, k, v, causal=False)
-    else:
-        fused = _backend_has_attention()
-    if fused:
+        out = _fused_cuda(q, k, v, scale, causal=False)
+        return blockwise(q, k, v, causal=False, scale=scale) if out is None else out
+    if _backend_has_attention():
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return blockwise(q, k, v, causal=False, scale=scale)
 
@@ -133,39 +135,47 @@ def _causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.flatten(2, 3).transpose(1, 2)
 
 
-def _causal_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
     """The kernels want equal numbers of heads. Key heads are not repeated: the members of a group
-    become the batch, along which keys and values are views of stride 0."""
+    become the batch, along which keys and values are views of stride 0. None: see `_fused_cuda`."""
     batch, heads, rows, width = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     if group == 1:
-        return _fused_cuda(q, k, v, scale)
+        return _fused_cuda(q, k, v, scale, causal=True)
     out = q.new_empty(batch, rows, kv_heads, group, width)
     for one, keys, values, place in zip(q, k, v, out, strict=True):
         members = one.unflatten(0, (kv_heads, group)).transpose(0, 1)
-        result = _fused_cuda(
-            members, keys.expand(group, *keys.shape), values.expand(group, *values.shape), scale
-        )
+        keys, values = (each.expand(group, *each.shape) for each in (keys, values))
+        result = _fused_cuda(members, keys, values, scale, causal=True)
+        if result is None:
+            return None
         place.copy_(result.permute(2, 1, 0, 3))
     return out.flatten(2, 3).transpose(1, 2)
 
 
-def _fused_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    rows, keys = q.shape[2], k.shape[2]
-    if rows == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    # Imported late: it brings in the whole of torch's compiler, some two seconds.
-    from torch.nn.attention.bias import causal_lower_right
+def _fused_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor | None:
+    """By one of torch's kernels that do not write the scores out; None where neither takes these
+    inputs. Causal is lower-right, whatever the numbers of rows and keys.
 
-    bias = causal_lower_right(rows, keys)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-
-
-def _cuda_fuses(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> bool:
-    """Whether torch has a kernel for these inputs that does not write the scores out."""
-    inputs = SDPAParams(q, k, v, None, 0.0, causal, False)
-    return can_use_flash_attention(inputs) or can_use_efficient_attention(inputs)
+    The kernel is named because `scaled_dot_product_attention` prefers cuDNN's on Hopper and some of
+    Blackwell (since torch 2.10), which is built anew for every number of keys: 23 to 37 ms each
+    (github.com/pytorch/pytorch/pull/162073).
+    """
+    inputs = SDPAParams(q, k, v, None, 0.0, False, False)
+    out: Tensor
+    # It pads other widths, but not when it is called by its name.
+    if q.shape[-1] % 8 == 0 and can_use_flash_attention(inputs):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out = flash(q, k, v, 0.0, causal, False, scale=scale)[0]
+        return out
+    if not can_use_efficient_attention(inputs):
+        return None
+    turned = (each.transpose(1, 2) for each in (q, k, v))
+    efficient = torch.ops.aten._efficient_attention_forward
+    nothing = (None,) * 5  # bias, and what tells sequences of one batch apart
+    out = efficient(*turned, *nothing, 0.0, _LOWER_RIGHT if causal else 0, scale=scale)[0]
+    return out.transpose(1, 2)
 
 
 @functools.cache
