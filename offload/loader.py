@@ -5,7 +5,7 @@ The file is the home of the weights and the device a cache: nothing is ever copi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -144,15 +144,24 @@ class Loader:
         for module in staying:
             hook = getattr(module, "after_load", None)
             if hook is not None:
-                before = self._size_of(tensors_of(module))
-                hook()
-                self._hold(name, module, self._size_of(tensors_of(module)) - before)
+                self._finish(name, module, hook)
+        if self._rounds:
+            self._device.empty_cache()  # of what that took
         if placement is None or placement.source != "pinned":
             self._supply.forget(name, self._lane)
         if placement is not None:
             one.feed = self._feed(name, skeleton, placement)
             one.feed.begin(0)
         one.stream = UnitStream(skeleton.units, streamed, one.feed)
+
+    def _finish(self, name: str, module: nn.Module, hook: Callable[[], None]) -> None:
+        """Have a module do what it does once it is loaded, and count what it holds then."""
+        before, blocks = self._size_of(tensors_of(module)), _blocks_of(module)
+        hook()
+        self._hold(name, module, self._size_of(tensors_of(module)) - before)
+        if self._rounds and _blocks_of(module) != blocks:
+            # Else the allocator keeps what was replaced, into which nothing fits that replaces it.
+            self._device.empty_cache()
 
     def _hold(self, name: str, module: nn.Module, more: int) -> None:
         """Count the tensors of `module`, `more` bytes than before, as weights of part `name`."""
@@ -282,3 +291,8 @@ class Loader:
             with self._meter.aside():
                 self._skeletons[name] = Skeleton(self._parts[name])
         return self._skeletons[name]
+
+
+def _blocks_of(module: nn.Module) -> frozenset[int]:
+    """The places of its tensors' memory."""
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_of(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Self
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Joinable(nn.Module):
+class Joinable(nn.Module, ABC):
     """A linear that can take over the weights of others."""
 
     joined: tuple[int, ...] = ()
@@ -19,14 +20,14 @@ class Joinable(nn.Module):
         """Bring what was loaded into the layout that is computed from; once."""
 
     @property
+    @abstractmethod
     def kind(self) -> Hashable:
         """Equal for linears that one product can compute; None where nothing is gained from it."""
-        return None
 
+    @abstractmethod
     def absorb(self, others: Sequence[Self]) -> None:
         """Take over the weights of linears of the same input and kind, so that one product
         computes all. They are left without any and can no longer be called by themselves."""
-        raise NotImplementedError
 
     def gated(self, x: Tensor) -> Tensor | None:
         """x [..., K] -> silu of the one half of all outputs times the other, [..., N / 2]; None

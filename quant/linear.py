@@ -12,7 +12,8 @@ from .joined import Joinable
 from .kernels import Kernel, Problem, select, select_stored
 from .phase import current_phase
 from .scratch import Scratch
-from .sizes import Asked
+from .side_by_side import side_by_side
+from .sizes import AS_STORED, Asked
 
 _STORED = ("qweight", "qzeros", "scales")
 
@@ -83,7 +84,7 @@ class QuantLinear(Joinable):
     def keeps_stored(self, device: str) -> bool:
         """Whether `after_load` on a device of that type leaves the stored tensors in place, also
         where they may be joined."""
-        return self.choose(device).name == "reference"
+        return self.choose(device).name in AS_STORED
 
     def choose(self, device: str) -> Kernel:
         """The kernel for this linear on a device of that type, and the reason for it."""
@@ -141,15 +142,14 @@ class QuantLinear(Joinable):
     def absorb(self, others: Sequence[QuantLinear]) -> None:
         """As `Joinable.absorb`, of prepared weights."""
         linears = (self, *others)
-        for name, axis in self.kernel.joins.items():
-            parts = [linear.get_buffer(name) for linear in linears]
-            self._buffers[name] = torch.cat(parts, dim=axis)
+        axes = self.kernel.joins | ({} if self.bias is None else {"bias": 0})
+        parts = [[linear.get_buffer(name) for linear in linears] for name in axes]
+        for name, whole in zip(axes, side_by_side(parts, axes.values()), strict=True):
+            self._buffers[name] = whole
             for other in others:
                 del other._buffers[name]
-        if self.bias is not None:
-            self.bias = torch.cat([linear.get_buffer("bias") for linear in linears])
-            for other in others:
-                other.bias = None
+        for other in others:
+            other.register_buffer("bias", None)
         self.joined = tuple(linear.out_features for linear in linears)
 
     def extra_repr(self) -> str:

@@ -135,11 +135,11 @@ def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> 
     """Bytes that bringing a linear (or several, joined) into the kernel's layout takes, at most,
     besides what is read from the file: the new layout, and one piece on its way there. `ascend`
     turns words where they lie, but tries the operator on a matrix of the shape before; `triton`
-    lays the words of joined linears side by side."""
+    lays joined linears side by side in a copy, which goes back to where they were."""
     if kernel == "reference":
         return 0
     if kernel == "triton":
-        return inputs * outputs // 2
+        return linear_bytes(inputs, outputs, group, kernel) + 2 * outputs + 4096
     if kernel == "ascend":
         return linear_bytes(inputs, outputs, group, kernel) + 8 * (inputs + outputs) + 4096
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)

@@ -173,7 +173,8 @@ def test_nothing_is_brought_into_another_layout() -> None:
     assert all(one is other for one, other in zip(held.values(), stored, strict=True))
     assert set(triton.JOINS) == set(held)
     assert sum(tensor.nbytes for tensor in stored) == linear_bytes(256, 64, 128, "triton")
-    assert loading_bytes(256, 64, 128, "triton") == stored[0].nbytes  # of joined ones
+    # Of joined ones, which are copied.
+    assert loading_bytes(256, 64, 128, "triton") > sum(tensor.nbytes for tensor in stored)
 
 
 def packed(outputs: int) -> QuantLinear:
@@ -194,7 +195,7 @@ def test_words_lie_side_by_side_where_linears_are_joined(monkeypatch: pytest.Mon
     apart = [packed(outputs) for outputs in (64, 16, 24)]
     layers = [packed(outputs) for outputs in (64, 16, 24)]
     held = sum(tensor.nbytes for layer in layers for tensor in layer.buffers())
-    assert not layers[0].keeps_stored("cuda")  # or the loader would let them lie in one block
+    assert layers[0].keeps_stored("cuda")  # the loader lets them lie in one block
     join(layers)
     for layer in layers:
         layer.after_load()
