@@ -157,8 +157,8 @@ def head_row(inputs: int, outputs: int, device: str, rate: float, seconds: float
     took = {"16 bits": each_seconds([partial(F.linear, x, dense)], place, seconds, short=True)}
     packed = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=place)
     scales = torch.rand(outputs, device=place).bfloat16()
-    scratch = Scratch()
-    call = partial(eight_bits.multiply, x, packed, scales, None, "decode", scratch)
+    product = eight_bits.product_of(place.type, x.dtype, inputs, outputs)
+    call = partial(eight_bits.multiply, x, packed, scales, None, "decode", Scratch(), product)
     took["8 bits"] = each_seconds([call], place, seconds, short=True)
     return {
         "linear": "lm_head",

@@ -47,6 +47,9 @@ REGISTERS = 65_536
 POINTERS = {"x": None, "qweight": "i32", "qzeros": "i32", "weights": "i8", "parts": "fp32"}
 """What pointers point to; those not named, and `x`, to the type of the activations."""
 
+LARGEST = {"bf16": float.fromhex("0x1.fep127"), "fp16": 65504.0}
+"""Numbers of each type."""
+
 ALIGNED = {"inputs", "words", "outputs", "width", "first"}
 """Integers that are multiples of 16 in all linears of the 3B and the 7B."""
 
@@ -96,12 +99,11 @@ def case(kernel: Any, dtype: str, scales: str, tile: Any, **constants: Any) -> C
 
 def main_cases() -> list[Case]:
     """What decoding and prefill of a 7B in bfloat16 run."""
-    largest = float.fromhex("0x1.fep127")
     return [
         case(four_bits, "bf16", "fp16", tuning.gemv(1, 3584, 128), GROUP=128, DIRECT=False),
         case(four_bits, "bf16", "fp16", tuning.gemv(1, 37888, 128), GROUP=128, DIRECT=False),
         case(four_bits_by_tiles, "bf16", "fp16", tuning.dot(64, 128), GROUP=128, DIRECT=False),
-        case(to_16_bits, "bf16", "fp16", tuning.UNPACK, GROUP=128, LARGEST=largest),
+        case(to_16_bits, "bf16", "fp16", tuning.UNPACK, GROUP=128, LARGEST=LARGEST["bf16"]),
         case(eight_bits, "bf16", "bf16", tuning.rows(1), DIRECT=True, bias=None),
         _added("bf16", gated=True),
         _added("bf16", gated=False, biased=True),
@@ -110,7 +112,7 @@ def main_cases() -> list[Case]:
 
 def all_cases() -> Iterator[Case]:
     """Every tile of the table, in both types; unsplit ones and float16 in groups of 128 alone."""
-    for dtype, largest in (("bf16", float.fromhex("0x1.fep127")), ("fp16", 65504.0)):
+    for dtype, largest in LARGEST.items():
         for group in (128,) if dtype == "fp16" else (32, 64, 128):
             for direct in (False, True) if group == 128 else (False,):
                 for count, outputs in ((1, 3584), (1, 37888), (2, 3584), (4, 3584), (8, 3584)):
@@ -130,7 +132,8 @@ def all_cases() -> Iterator[Case]:
 
 
 def _added(dtype: str, *, gated: bool, biased: bool = False) -> Case:
-    constants = {"BLOCK": tuning.REDUCED, "GATED": gated} | ({} if biased else {"bias": None})
+    constants = {"BLOCK": tuning.REDUCED, "GATED": gated, "LARGEST": LARGEST[dtype]}
+    constants |= {} if biased else {"bias": None}
     name = f"add_parts {dtype} {gated=} {biased=}"
     return Case(name, add_parts, dtype, "fp16", tuple(constants.items()))
 

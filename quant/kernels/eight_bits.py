@@ -56,18 +56,18 @@ def multiply(
     bias: Tensor | None,
     phase: Phase,
     scratch: Scratch,
-    product: Product = "triton",
+    product: Product,
 ) -> Tensor:
     """x [M, K] times int8 [N, K], row by row times 16-bit [N] -> [M, N] of the type of `x`, within
-    `eight_bit_scratch_bytes`. In prefill and for more rows weights are converted, as where
-    `product` says so or is Triton's and cannot be used."""
+    `eight_bit_scratch_bytes`; by `product`, which `product_of` found. In prefill and for more rows
+    weights are converted piece by piece."""
     if phase == "decode" and len(x) <= ROWS:
         if product == "native":
             return _with(bias, native.product_of_bytes(x, weights, scales))
         if product == "aten":
             rows = x.contiguous()
             return _with(bias, torch.ops.aten._weight_int8pack_mm(rows, weights, scales))
-        if product == "triton" and triton.unusable(x.dtype) is None:
+        if product == "triton":
             from ..triton import products
 
             return products.product_of_bytes(x, weights, scales, bias, scratch)

@@ -69,6 +69,7 @@ _DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dx
 """Where Linux shows one: on a server or desktop, in a container, on Jetson, under Windows."""
 
 
+@cache
 def _driver() -> bool:
     return any(map(os.path.exists, _DRIVERS)) or shutil.which("nvidia-smi") is not None
 
@@ -78,6 +79,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def _headers() -> bool:
     """Looked for where Triton does: Debian's own scheme names a folder that nothing is in."""
     scheme = sysconfig.get_default_scheme()

@@ -138,7 +138,15 @@ def _parts(scratch: Scratch, device: torch.device, splits: int, count: int, outp
 def _add(parts: Tensor, bias: Tensor | None, out: Tensor, gated: bool) -> None:
     splits, count, outputs = parts.shape
     add_parts[-(-out.shape[1] // tuning.REDUCED), count](
-        parts, bias, out, count, outputs, splits, BLOCK=tuning.REDUCED, GATED=gated
+        parts,
+        bias,
+        out,
+        count,
+        outputs,
+        splits,
+        BLOCK=tuning.REDUCED,
+        GATED=gated,
+        LARGEST=torch.finfo(out.dtype).max,
     )
 
 

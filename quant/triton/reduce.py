@@ -16,10 +16,12 @@ def add_parts(
     splits: tl.tensor,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:
     """fp32 [splits, count, N] -> [count, N], always in the same order, so that the same numbers
     come out every time. GATED: `silu` of the first half times the second, [count, N / 2], rounded
-    where the operations one by one would be."""
+    where the operations one by one would be; what the type of `out` cannot hold is the LARGEST that
+    it can, before the two meet: infinity times zero would be no number."""
     row = tl.program_id(1)
     width = outputs // 2 if GATED else outputs
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +39,7 @@ def add_parts(
             other += tl.load(bias + width + column, mask=inside, other=0).to(tl.float32)
     kind: tl.constexpr = out.dtype.element_ty
     if GATED:
-        value = value.to(kind).to(tl.float32)
-        opened = (value / (1 + tl.exp(-value))).to(kind).to(tl.float32)
-        value = opened * other.to(kind).to(tl.float32)
+        value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST).to(kind).to(tl.float32)
+        other = tl.minimum(tl.maximum(other, -LARGEST), LARGEST).to(kind).to(tl.float32)
+        value = (value / (1 + tl.exp(-value))).to(kind).to(tl.float32) * other
     tl.store(out + row * width + column, value.to(kind), mask=inside)

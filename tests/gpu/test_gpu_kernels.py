@@ -20,7 +20,6 @@ from lowvram.quant import (
     scratch_bytes,
     select,
 )
-from lowvram.quant.kernels import triton
 from lowvram.quant.kernels.reference import dequantize, unpack
 
 pytestmark = pytest.mark.gpu
@@ -82,15 +81,25 @@ def test_streamed_weights_are_multiplied_as_they_lie_in_the_file() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [*SHAPES, (3584, 37888), (2048, 2560)], ids=str)
-def test_triton_multiplies_what_is_stored(
-    shape: tuple[int, int], group: int, dtype: torch.dtype
+def test_triton_multiplies_what_is_stored(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_triton(shape, 128, dtype, (1, 2, 4, 8, 9, 33, 64, 65))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("group", [32, 64])
+def test_triton_multiplies_smaller_groups(group: int, dtype: torch.dtype) -> None:
+    """Fewer rows, for every tile is compiled anew for each size of group."""
+    check_triton((256, 1536), group, dtype, (1, 9, 65))
+
+
+def check_triton(
+    shape: tuple[int, int], group: int, dtype: torch.dtype, counts: tuple[int, ...]
 ) -> None:
     layer, weights, bias = linear(*shape, group, dtype=dtype)
     layer.after_load()
     assert layer.kernel.name == "triton"
-    for rows in (1, 2, 4, 8, 9, 33, 64, 65):
+    for rows in counts:
         x = torch.randn(rows, shape[0], device=CUDA).to(dtype)
         with kernel_phase("decode"):
             found = layer(x)
@@ -145,9 +154,9 @@ def test_a_head_of_8_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     assert head.rounded
     x = torch.randn(1, 1024, device=CUDA).to(dtype)
     wanted = x.float().cpu() @ weight.float().T
-    for used in (True, False):
-        if not used:
-            monkeypatch.setattr(triton, "unusable", lambda dtype: "for this test")
+    assert head.product == "triton"
+    for product in ("triton", "pieces"):
+        monkeypatch.setattr(head, "product", product)
         found = head(x)
         assert found.dtype == dtype
         assert (found.float().cpu() - wanted).norm() / wanted.norm() < 0.012

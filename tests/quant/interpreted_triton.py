@@ -209,13 +209,28 @@ def test_gated_is_the_product_of_single_operations(
     assert (found == wanted).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+def test_gated_is_a_number_whatever_overflows(dtype: torch.dtype, sign: int, wide: None) -> None:
+    """A gate of minus infinity, whose `silu` would be none; an open gate times zero."""
+    packed = linear(64, 48, 32)
+    scales = torch.full((2, 48), 65504.0).half()
+    scales[:, 36:] = 0.0
+    words = torch.full_like(packed.held["qweight"], -1)  # 15 everywhere
+    packed = changed(packed, qweight=words, qzeros=torch.zeros_like(packed.held["qzeros"]))
+    packed = changed(packed, scales=scales)
+    # Sums in fp32 hold either; their products with the scales overflow.
+    x = torch.full((1, 64), sign * (65504.0 if dtype == HALF else 2e32)).to(dtype)
+    found = triton.gated(x, packed.held, None, 32, Scratch())
+    assert not found.isnan().any()
+    assert (found[:, 12:] == 0).all()
+    assert found[:, :12].isinf().all() if sign > 0 else (found[:, :12] == 0).all()
+
+
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1000, 40), (64, 9), (2048, 16)])
-def test_weights_of_8_bits(
-    inputs: int, outputs: int, rows: int, phase: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton, "unusable", lambda dtype: None)
+def test_weights_of_8_bits(inputs: int, outputs: int, rows: int, phase: str) -> None:
     random = torch.Generator().manual_seed(inputs)
     weights = torch.randint(-127, 128, (outputs, inputs), generator=random).to(torch.int8)
     scales = torch.rand(outputs, generator=random).mul_(0.01).bfloat16()
@@ -223,7 +238,8 @@ def test_weights_of_8_bits(
     exact = weights.double() * scales.double().unsqueeze(1)
     for dtype in (HALF, BRAIN):
         x, scratch = activations(rows, inputs, dtype), Scratch()
-        found = eight_bits.multiply(x, weights, scales, bias.to(dtype), phase, scratch)  # type: ignore[arg-type]
+        given = x, weights, scales, bias.to(dtype), phase, scratch
+        found = eight_bits.multiply(*given, "triton")  # type: ignore[arg-type]
         wanted = x.double() @ exact.T + bias.to(dtype).double()
         assert found.dtype == dtype and error(found, wanted) < BOUND[dtype]
         assert scratch.nbytes <= eight_bit_scratch_bytes(inputs, outputs)
