@@ -67,11 +67,12 @@ def preferred_kernel(
     if dtype != "bfloat16":
         return KernelChoice("reference", f"the 4-bit products are in bfloat16, not in {dtype}")
     if device == "cpu":
-        choice = "bfloat16 on the CPU: 4-bit product to decode, 16-bit to prefill"
+        choice = "bfloat16 on the CPU: 4-bit product"
         refused = not_offered(weights)
         if refused is None:
-            return KernelChoice("native", f"{choice}, compiled for this processor")
-        return KernelChoice("cpu", f"{choice}; compiled kernels are not used: {refused}")
+            return KernelChoice("native", f"{choice}s compiled for this processor")
+        reason = f"{choice} to decode, 16-bit to prefill; compiled kernels are not used: {refused}"
+        return KernelChoice("cpu", reason)
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
 
 
