@@ -38,6 +38,11 @@ class StepInputs:
         self._turn = 0
         self.there = _views(self._memory, parts)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory behind `there`."""
+        return [self._memory]
+
     def fill(self) -> dict[str, Tensor]:
         """The tensors on the host, to be written and then sent."""
         self._turn = (self._turn + 1) % len(self._slots)

@@ -67,7 +67,8 @@ class Run:
             with ExitStack() as text:
                 thinking = text.enter_context(self._thinking(speaks))
                 self._read(thinking, speaking)
-                for step in text.enter_context(closing(thinking.steps(self._draw()))):
+                steps = thinking.steps(self._draw(), lambda: self._needs_thinking(speaking))
+                for step in text.enter_context(closing(steps)):
                     if isinstance(step, str):
                         yield self._written(step)
                     elif speaking is not None:
@@ -138,6 +139,11 @@ class Run:
         states = thinking.read()
         if speaking is not None and states is not None:
             speaking.prompt(states)
+
+    def _needs_thinking(self, speaking: Speaking | None) -> bool:
+        """Whether anything follows from what the Thinker still computes: a reply that is given only
+        has states, for speech."""
+        return self.settings.reply is None or (speaking is not None and not speaking.settled)
 
     def _draw(self) -> Draw:
         settings = self.settings

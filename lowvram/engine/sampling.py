@@ -39,6 +39,12 @@ class Sampler:
         """Whether a draw needs noise."""
         return self._settings.temperature > 0
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays from one `draw` to the next."""
+        seen = [] if self._seen is None else [self._seen]
+        return seen + (self._buffers.tensors if self._buffers else [])
+
     def __call__(self, logits: Tensor) -> int:
         """The next id from `logits` [1, V], drawn on the host; greedily where they are.
 
@@ -149,3 +155,7 @@ class _Buffers:
         top = settings.top_k if settings.top_k < vocab else 0
         self.top, self.top_order = make(top), make(top, torch.int64)
         self.suppress = torch.tensor(suppress, device=device) if suppress else None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [one for one in vars(self).values() if one is not None]

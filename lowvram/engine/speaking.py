@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from torch import Tensor
 
 from lowvram.checkpoint import Checkpoint
 from lowvram.engine.context import Context
+from lowvram.engine.holder import Holder
 from lowvram.engine.ladder import Ladder
 from lowvram.engine.pieces import VocodeSettings
 from lowvram.engine.roundoff import judged_talker, judged_vocoder
@@ -38,7 +37,7 @@ class SpeechSeeds:
     noise: int
 
 
-class Speaking:
+class Speaking(Holder):
     """The speech of one reply; what it holds on the device goes when it is left.
 
         with Speaking(...) as speaking:
@@ -63,33 +62,24 @@ class Speaking:
         seeds: SpeechSeeds,
         codes: list[int],
     ) -> None:
-        self._context, self._checkpoint = context, checkpoint
+        super().__init__(context)
+        self._checkpoint = checkpoint
         self._positions, self._voice = positions, voice
         self._settings, self._seeds = settings, seeds
         self._talks_early = context.plan.interleaves("decode", "talk")
         self._vocodes_early = context.plan.interleaves("talk", "vocode")
-        self._everything, self._talker = ExitStack(), ExitStack()
+        self._talker = self._stack.enter_context(ExitStack())
         self._prompt: Tensor | None = None
         self._waiting: list[Tensor] = []
         self._loop: TalkLoop | None = None
         self._stream: SpeechStream | None = None
         self._sounded = 0
+        self._over = False
         self.codes = codes
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _forget(self) -> None:
         self._loop = self._stream = self._prompt = None
         self._context.let_go("states")
-        self._context.meter.release("activations", "speech")
-        with self._everything:
-            self._talker.close()
 
     def prompt(self, states: Tensor) -> None:
         """The prompt's states [T, E], on the host; see `Thinking`."""
@@ -98,8 +88,10 @@ class Speaking:
 
     def hear(self, state: Tensor) -> Iterator[SpeechPiece]:
         """The next state of the reply [1, E]; what can be said by then, as it is read."""
+        if self.settled:
+            return
         if self._talks_early:
-            yield from self._sound(self._talk(state))
+            yield from self._say(state)
         else:
             assert self._prompt is not None
             self._waiting.append(state)
@@ -109,13 +101,38 @@ class Speaking:
         """The reply is complete; what remains to be said, as it is read."""
         self._waiting.reverse()
         while self._waiting:
-            yield from self._sound(self._talk(self._waiting.pop()))
+            yield from self._say(self._waiting.pop())
+        while self._loop is not None:
+            yield from self._say(None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no further state of the reply changes what is said: each code hears one."""
+        return self._over or len(self._waiting) == self._settings.codes
+
+    def _say(self, state: Tensor | None) -> Iterator[SpeechPiece]:
+        """What can be said after one more state, or the end of the text; after the last code all
+        that remains, whatever the Thinker still writes."""
         if self._loop is None:
-            return
-        while not self._loop.ended:
-            yield from self._sound(self._drawn(self._loop.step(None)))
+            assert state is not None
+            self._loop = self._open_talker(state)
+            self._prompt = None
+            if self._talks_early:
+                self._context.let_go("states")
+            codes = self._loop.drain()
+        else:
+            codes = self._loop.step(state)
+        yield from self._sound(self._drawn(codes))
+        if self._loop.ended:
+            yield from self._end()
+
+    def _end(self) -> Iterator[SpeechPiece]:
+        """No code comes any more; what remains to be said."""
+        assert self._loop is not None
         yield from self._sound(self._drawn(self._loop.drain()))
-        self._loop = None
+        self._loop, self._over = None, True
+        self._waiting.clear()
+        self._let_go("talk")
         self._talker.close()
         self._context.let_go("states")
         if self._stream is None:
@@ -123,16 +140,9 @@ class Speaking:
                 self._stream = self._open_stream()
             yield from self._sound(self.codes)
         yield from self._pieces(self._stream.finish())
-
-    def _talk(self, state: Tensor) -> Sequence[int]:
-        """The Talker hears one more state; the codes that are known by then."""
-        if self._loop is None:
-            self._loop = self._open_talker(state)
-            self._prompt = None
-            if self._talks_early:
-                self._context.let_go("states")
-            return self._drawn(self._loop.drain())
-        return self._drawn(self._loop.step(state))
+        self._stream = None
+        self._let_go("speech")
+        self._stack.close()
 
     def _drawn(self, codes: Sequence[int]) -> Sequence[int]:
         self.codes.extend(codes)
@@ -149,17 +159,13 @@ class Speaking:
             sound = code if code <= dit.num_embeds else 0
             yield from self._pieces(self._stream.push([sound]))
 
-    def _count_kept(self) -> None:
-        """What the vocoder keeps counts while others compute."""
-        kept = self._stream.tensors if self._stream else []
-        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        self._context.meter.hold("activations", "speech", nbytes, kept)
-
     def _pieces(self, pieces: Iterator[SpeechPiece]) -> Iterator[SpeechPiece]:
+        stream = self._stream
+        assert stream is not None
         while True:
             with self._context.phase("vocode"):
                 piece = next(pieces, None)
-                self._count_kept()
+                self._keep("speech", stream.tensors)
             if piece is None:
                 return
             # Control codes are told as they were drawn.
@@ -195,14 +201,16 @@ class Speaking:
         )
         with judged_talker(context, model):
             loop.begin(first)
+        self._keep("talk", loop.tensors)
         return loop
 
     def _open_stream(self) -> SpeechStream:
         context = self._context
-        token2wav = self._everything.enter_context(context.use("token2wav", Token2Wav))
-        self._everything.enter_context(judged_vocoder(context, token2wav))
+        token2wav = self._stack.enter_context(context.use("token2wav", Token2Wav))
+        self._stack.enter_context(judged_vocoder(context, token2wav))
         settings = VocodeSettings.of_request(self._settings)
-        noise = NoiseSource(self._seeds.noise)
+        dit = token2wav.code2wav_dit_model.config
+        noise = NoiseSource(self._seeds.noise, dit.mel_dim, dit.repeats)
         stream = SpeechStream(token2wav, self._voice, noise, settings, context.constants)
         Ladder(context, "token2wav").climb(stream.prepare)
         # They stay for the next request.

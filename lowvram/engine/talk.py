@@ -102,6 +102,12 @@ class TalkLoop:
         self.ended = False
         """No further step does anything; `drain` may still have codes."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays from the first code to the last, besides the cache."""
+        own = self._inputs.tensors if self._inputs else []
+        return [*own, *self._sampler.tensors, self._text_end]
+
     def begin(self, first: Tensor) -> None:
         """Run the prompt, the voice and the first reply state [1, E], and draw the first code."""
         assert self._prompt is not None

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +17,7 @@ from lowvram.engine.encode import (
     encode_vision,
     media_slots,
 )
+from lowvram.engine.holder import Holder
 from lowvram.engine.thinker import Thinker
 from lowvram.models.text import ThinkerText
 
@@ -33,12 +31,12 @@ def dictated(tokens: Sequence[int], end: int) -> Draw:
     return lambda logits: next(rest)
 
 
-class Thinking:
+class Thinking(Holder):
     """The Thinker while it answers one prompt; what it holds on the device goes when it is left.
 
         with Thinking(...) as thinking:
             states = thinking.read()
-            for step in thinking.steps(draw): ...
+            for step in thinking.steps(draw, needed): ...
 
     `tokens` takes those that are drawn, with the one that ends the reply.
     """
@@ -54,24 +52,15 @@ class Thinking:
         max_new_tokens: int,
         speaks: bool,
     ) -> None:
-        self._context, self._checkpoint, self._tokenizer = context, checkpoint, tokenizer
+        super().__init__(context)
+        self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._prompt, self._limit, self._speaks = prompt, max_new_tokens, speaks
-        self._stack = ExitStack()
         self._thinker: Thinker | None = None
         self._logits: Tensor | None = None
         self.tokens = tokens
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _forget(self) -> None:
         self._thinker = self._logits = None
-        self._stack.close()
 
     def read(self) -> Tensor | None:
         """Run the media and the prompt.
@@ -100,11 +89,12 @@ class Thinking:
             embeds.index_fill_(0, media_slots(prompt).to(context.host), 0)
             return states.add_(embeds)
 
-    def steps(self, draw: Draw) -> Generator[str | Tensor, None, None]:
+    def steps(self, draw: Draw, needed: Callable[[], bool]) -> Generator[str | Tensor, None, None]:
         """Text as soon as it is drawn, and after each token that is fed back its state [1, E] (its
         last hidden state plus its embedding, on the host), where the reply is spoken.
 
-        The token that ends the reply is kept, but not written, and no state follows it.
+        The token that ends the reply is kept, but not written, and no state follows it. Once
+        neither logits nor states are `needed` tokens are drawn without the Thinker.
         """
         context, thinker, logits = self._context, self._thinker, self._logits
         assert thinker is not None and logits is not None
@@ -121,12 +111,16 @@ class Thinking:
                 yield piece
             if len(self.tokens) == self._limit:
                 break
+            if not needed():
+                continue
             embed = embed_tokens(context, [token])
             position = self._prompt.next_position + len(self.tokens) - 1
             with context.phase("decode", stepwise=True):
                 logits, hidden = thinker.step(embed, position)
                 state = context.to_host(hidden) + embed if self._speaks else None
             if state is not None:
+                self._keep("logits", [logits])  # while others compute
                 yield state
+                self._let_go("logits")
         if piece := words.finish():
             yield piece

@@ -124,9 +124,10 @@ class SpeechStream:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What stays on the device from the first piece to the last; modulations that are on the
-        host are `constants`."""
+        """What stays on the device from one pass to the next; modulations that are on the host are
+        `constants`."""
         kept = list(self._past.tensors) if self._past else []
+        kept += [] if self._mel is None else [self._mel]
         kept += self._front.tensors if self._front else []
         if self._utterance is not None and self._utterance.modulation.device.type != "cpu":
             kept.append(self._utterance.modulation)

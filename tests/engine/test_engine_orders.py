@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from lowvram import AudioChunk, LowVRAMOmni, Result, TextDelta, UsageError
+from lowvram import AudioChunk, Finished, LowVRAMOmni, Result, TextDelta, UsageError
 from lowvram.planner.choices import Choices
 from lowvram.pocket import make_checkpoint
 
@@ -128,10 +130,40 @@ def test_an_early_end_leaves_nothing(omni: LowVRAMOmni, folder: Path) -> None:
         assert cold.resident == ()
 
 
-def test_a_talker_that_ends_before_the_thinker(omni: LowVRAMOmni) -> None:
-    result = omni.generate(WORDS, **{**LONG, "max_speech_seconds": 0.9})
-    assert len(result.tokens) == 48 and len(result.codes) == 45
-    assert result.audio is not None and len(result.audio) == 45 * 480
+def test_a_talker_that_ends_before_the_thinker_is_heard_to_its_end_at_once(
+    folder: Path, omni: LowVRAMOmni
+) -> None:
+    options = {**LONG, "max_speech_seconds": 0.8}
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", max_memory=tighter(folder)) as other:
+        later = other.generate(WORDS, **options)
+    *events, last = omni.stream(WORDS, **options)
+    assert isinstance(last, Finished) and len(last.result.tokens) == 48
+    assert last.result.codes == later.codes and len(later.codes) == 40
+    assert np.array_equal(last.result.audio, later.audio)  # type: ignore[arg-type]
+    sounds = [i for i, event in enumerate(events) if isinstance(event, AudioChunk)]
+    written = sum(isinstance(event, TextDelta) for event in events[: sounds[-1]])
+    # The last of 40 codes hears the 40th state, which follows the 40th token.
+    assert written == 40 < len(last.result.tokens)
+
+
+def test_what_waits_while_others_compute_is_counted(omni: LowVRAMOmni) -> None:
+    """In a row that Thinker, Talker and vocoder share: logits, what the Talker draws with, what the
+    vocoder keeps of the speech so far."""
+    omni.generate(WORDS, max_new_tokens=2, max_speech_seconds=0.1)
+    before = _alive() - sum(omni._meter.held().values())
+    stream = omni.stream(WORDS, **LONG)
+    next(event for event in stream if isinstance(event, AudioChunk))
+    # Noise of 36 codes, and vectors, are not.
+    assert _alive() - sum(omni._meter.held().values()) - before < 2**15
+    stream.close()
+
+
+def _alive() -> int:
+    """Bytes of all tensors there are."""
+    gc.collect()
+    found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in found if not t.is_meta}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def test_pieces_are_those_that_were_asked_for(omni: LowVRAMOmni) -> None:

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from replies import same_reply
+from torch import Tensor
 
 from lowvram import AudioChunk, Finished, LowVRAMOmni, Result, TextDelta, UsageError
+from lowvram.engine.run import Run
+from lowvram.engine.thinker import Thinker
 
 SHORT: dict[str, Any] = {"max_speech_seconds": 1.0}
 TEXT = "Good morning! The train is late — by 20 minutes. 😀"
@@ -63,6 +67,28 @@ def test_the_bounds_follow_the_text(omni: LowVRAMOmni) -> None:
     short, long = (omni.plan(question, say="word " * count) for count in (2, 400))
     assert long.predicted_peak_bytes > short.predicted_peak_bytes
     assert len(said(omni, "word " * 40, max_new_tokens=3).tokens) > 40
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0], ids=["after the text", "while it is written"])
+def test_the_thinker_stops_when_nothing_more_is_heard(
+    seconds: float, omni: LowVRAMOmni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each code hears one state: the rest of a long text is only written."""
+    steps: list[int] = []
+    step = Thinker.step
+
+    def counted(self: Thinker, embed: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        steps.append(position)
+        return step(self, embed, position)
+
+    monkeypatch.setattr(Thinker, "step", counted)
+    text = ("The quick brown fox jumps over the lazy dog. " * 10).strip()
+    found = said(omni, text, max_speech_seconds=seconds)
+    assert found.text == text and len(found.tokens) > 60
+    assert len(steps) == len(found.codes) == 50 * seconds
+    monkeypatch.setattr(Run, "_needs_thinking", lambda *_: True)
+    wanted = said(omni, text, max_speech_seconds=seconds)
+    assert len(steps) > 120 and same_reply(found, wanted)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
