@@ -28,6 +28,7 @@ from lowvram.checkpoint import GenerationDefaults
 from lowvram.config import DecoderConfig
 from lowvram.engine import graph
 from lowvram.engine.passes import DecoderPasses
+from lowvram.engine.spans import in_place
 from lowvram.engine.talk import TalkLoop, codec_sampler
 from lowvram.models import KVCache, Talker
 from lowvram.offload import Meter, open_device
@@ -47,8 +48,8 @@ class Bench:
         self.host, self.scratch = torch.device("cpu"), Scratch()
         self.meter = Meter(self.device)
         self.store = SimpleNamespace(rows=lambda name, ids: torch.zeros(len(ids), self.width))
-        row = SimpleNamespace(modules=("talker",), predicted_peak_bytes=0)
-        self.plan = SimpleNamespace(phases=[row], budget_bytes=1 << 40, guard_bytes=0)
+        self.plan = SimpleNamespace(recorded={"talker": 1 << 30})
+        self.recorded: dict[str, Any] = {}
         self.notes: list[str] = []
         self.width = 0
 
@@ -136,7 +137,7 @@ def measure(name: str, bench: Bench, codes: int, sampling: SamplingSettings) -> 
         "pass_ms": round(pass_s * 1e3, 3),
         "step_ms": round(loop_s * 1e3, 3),
         "step_over_pass": round(statistics.median(ratios), 4),
-        "recorded": graph.in_place(bench.device, tokens) and not bench.notes,
+        "recorded": in_place(bench.device.type, tokens) and not bench.notes,
         "notes": bench.notes,
     }
 

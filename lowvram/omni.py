@@ -15,6 +15,7 @@ from lowvram.chat import Chat
 from lowvram.checkpoint import Checkpoint, resolve
 from lowvram.conversation import MediaSettings, PromptShape, measure, prepare
 from lowvram.engine.context import Context
+from lowvram.engine.graph import library_bytes
 from lowvram.engine.run import Run
 from lowvram.engine.scratch import metered_scratch
 from lowvram.engine.voice import Voice
@@ -79,9 +80,11 @@ class LowVRAMOmni:
             free_bytes=self._device.free_bytes(),
             context_bytes=self._device.context_bytes(),
             bfloat16=self._device.has_bfloat16(),
+            library=library_bytes(self._device),
         )
         self._budget = decide_budget(max_memory, self._facts)
-        self._device.set_limit(self._budget.budget_bytes)
+        # What the allocator keeps for later must leave room for kernels that are loaded late.
+        self._device.set_limit(self._budget.budget_bytes - self._budget.guard_bytes // 2)
         self._dtype = resolve_dtype(
             dtype, checkpoint.stored_dtype, self._facts, packed=checkpoint.packed
         )

@@ -6,6 +6,7 @@ taken from the driver, in use or kept for reuse.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,19 @@ def _matrix_product(device: TorchDevice, dtype: TorchDtype) -> None:
     x @ x
 
 
+def _cuda_libraries(device: TorchDevice, dtype: TorchDtype) -> None:
+    """Matrix products, and the convolutions of the vocoder: what cuBLAS and cuDNN load is then part
+    of the context that is measured, and not a surprise after it."""
+    _matrix_product(device, dtype)
+    if dtype == torch.float32:
+        shapes = (1, 8, 64), (8, 8, 4)
+        signal, weight = (torch.ones(shape, dtype=dtype, device=device) for shape in shapes)
+        # Without cuDNN there is no speech, but the rest can still be used.
+        with contextlib.suppress(RuntimeError):
+            torch.nn.functional.conv1d(signal, weight)
+            torch.nn.functional.conv_transpose1d(signal, weight, stride=2)
+
+
 def _cuda_driver_free(backend: Any, index: int) -> int | None:
     uuid = getattr(backend.get_device_properties(index), "uuid", None)
     return probe.cuda_free_bytes(f"GPU-{uuid}") if uuid is not None else None
@@ -96,7 +110,10 @@ class Accelerator:
 
 ACCELERATORS = {
     "cuda": Accelerator(
-        "cuda", lambda b: bool(b.is_bf16_supported(including_emulation=False)), _cuda_driver_free
+        "cuda",
+        lambda b: bool(b.is_bf16_supported(including_emulation=False)),
+        _cuda_driver_free,
+        _cuda_libraries,
     ),
     # npu-smi prints a table for people, in MB of the whole card: too coarse to tell a context.
     "npu": Accelerator("npu", lambda b: bool(b.is_bf16_supported()), lambda backend, index: None),

@@ -27,6 +27,11 @@ class Scratch:
         self._buffer: Tensor | None = None
 
     @property
+    def buffer(self) -> Tensor | None:
+        """What is lent from now, for one who has to keep it: recorded work goes on using it."""
+        return self._buffer
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return 0 if self._buffer is None else self._buffer.nbytes

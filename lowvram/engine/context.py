@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
@@ -35,9 +35,9 @@ class Context:
 
     `constants` are what the vocoder of any request needs and one of them has made.
     `placements` begin as the plan's, and `notes` empty; both change where memory runs out all the
-    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name, `recorded` the
-    bytes of recorded steps by part; `option_errors` has what each option in effect costs, see
-    `Report`.
+    same (see `engine/ladder.py`). `phase_seconds` counts each phase by its own name; `recorded`
+    has what forgets the recorded step of a part; `option_errors` what each option in effect costs,
+    see `Report`.
     """
 
     device: Device
@@ -51,9 +51,10 @@ class Context:
     placements: dict[str, Placement] = field(init=False)
     notes: list[str] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    recorded: dict[str, int] = field(default_factory=dict)
+    recorded: dict[str, Callable[[], None]] = field(default_factory=dict)
     option_errors: dict[str, float] = field(default_factory=dict)
     _using: set[str] = field(default_factory=set)
+    _row: str = ""
 
     def __post_init__(self) -> None:
         self.placements = dict(self.plan.placements)
@@ -66,6 +67,11 @@ class Context:
         a phase that is entered once a token.
         """
         row = next(row.name for row in self.plan.phases if name in row.name.split("+"))
+        if row != self._row:
+            self._row = row
+            if self.device.type not in ("cpu", "meta"):
+                # What the last row's activations were in is not this one's to hold.
+                self.device.empty_cache()
         started = time.perf_counter()
         with self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
             try:
@@ -86,6 +92,8 @@ class Context:
             yield module
         finally:
             self._using.discard(part)
+            if (forget := self.recorded.get(part)) is not None:
+                forget()
             if part in self.placements or not self.plan.resident(part):
                 self.loader.drop(part)
 

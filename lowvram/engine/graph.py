@@ -7,15 +7,19 @@ which a bias hides those that are not written yet (`KVCache.follow`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lowvram.engine.context import Context
-from lowvram.engine.spans import LONGEST, graph_bytes
-from lowvram.offload import Device, clear_frames, format_size, out_of_memory
+from lowvram.engine.spans import SUMS_BYTES, WORKSPACE_BYTES
+from lowvram.offload import Device, clear_frames, out_of_memory
 
 Body = Callable[[], Tensor]
 """One step: reads and writes only tensors that stay, and returns its result."""
@@ -29,61 +33,110 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs."""
+    """Records CUDA graphs on one device, whichever is the current one of the thread."""
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def record(self, body: Body) -> tuple[Tensor, Callable[[], None]]:
-        # Once for real: libraries take their workspaces and kernels are loaded before recording.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            body()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        # A recording that fails to end leaves its stream the current one. Entered here as well, the
+        # one before is the current one again in any case.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
+            return self._recorded(body)
+
+    def _recorded(self, body: Body) -> tuple[Tensor, Callable[[], None]]:
+        # Once for real: kernels are compiled and loaded, and the scratch grows, before recording.
+        body()
         graph = torch.cuda.CUDAGraph()
+        stream = _stream_for(graph, self._device)
+        with torch.cuda.stream(stream):
+            # The workspace of cuBLAS for this stream, not in the memory of what is recorded.
+            one = torch.ones(16, 16, dtype=torch.float16, device=self._device)
+            one @ one
         # Other threads read ahead and pin memory meanwhile, which is no part of this.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with _uncollected(), recording:
             result = body()
         return result, graph.replay
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic collector: what it ends, such as another graph, would break a recording
+    that is under way."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _stream_for(graph: torch.cuda.CUDAGraph, device: torch.device) -> torch.cuda.Stream:
+    """A stream that records this and nothing else while the graph is there: what ends a graph gives
+    back the workspace of its stream, also where another one still reads it
+    (github.com/pytorch/pytorch/issues/193402). Used again later: other releases never do.
+
+    Of high priority because torch hands streams out in turn, 32 of each priority: copies, which
+    other threads may queue at any time, are of the normal one and never come upon this stream.
+    """
+    free = _free_streams(device)
+    stream = free.pop() if free else torch.cuda.Stream(device, priority=-1)
+    weakref.finalize(graph, free.append, stream).atexit = False
+    return stream
+
+
+@functools.cache
+def _free_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """Those on which a graph was recorded that is gone."""
+    return []
+
+
 def recorder_for(device: Device) -> Recorder | None:
     """What records steps on that device; None where nothing does."""
-    if device.type == "cuda" and hasattr(torch.cuda, "CUDAGraph"):
-        return CudaRecorder()
-    return None
+    return CudaRecorder(device.torch) if device.type == "cuda" else None
 
 
-def in_place(device: Device, max_tokens: int) -> bool:
-    """Whether steps with a cache for that many tokens compute in one place, recorded or not. It
-    depends on nothing else, so that a step computes the same whatever the budget."""
-    return device.type == "cuda" and max_tokens <= LONGEST
+def library_bytes(device: Device) -> int | None:
+    """What libraries and rounding take at most, where that is more than is usual for the type of
+    device: on Hopper and the large Blackwells cuBLAS has 32 MiB for every stream instead of 8, the
+    one that computes and two that record (NVIDIA's documentation of cublasSetWorkspace)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device.torch)[0] not in (9, 10):
+        return None
+    return 4 * WORKSPACE_BYTES
+
+
+class _Recorded(NamedTuple):
+    """A step that is recorded for a span; `sums` are of the scratch, which others may go on to use
+    anew, but not this memory."""
+
+    span: int
+    result: Tensor
+    replay: Callable[[], None]
+    sums: Tensor | None
 
 
 class StepGraph:
-    """The step of one part, replayed where it can be recorded, else run as it is.
+    """The step of one part, replayed where the plan has it recorded, else run as it is.
 
     A recording is kept until the step is another one: only one is there at a time.
-
-    Args:
-        layers, step_bytes: see `graph_bytes`.
     """
 
-    def __init__(self, context: Context, part: str, layers: int, step_bytes: int) -> None:
+    def __init__(self, context: Context, part: str) -> None:
         self._context, self._part = context, part
-        self._bytes = graph_bytes(layers, step_bytes)
-        self._recorder = recorder_for(context.device)
-        self._recorded: tuple[int, Tensor, Callable[[], None]] | None = None
+        self._bytes = context.plan.recorded.get(part, 0)
+        self._recorder = recorder_for(context.device) if self._bytes else None
+        self._recorded: _Recorded | None = None
 
     def run(self, body: Body, span: int) -> Tensor:
         """The body's result; it stands until the next run. Another `span` is another step."""
-        if self._recorder is not None and (self._recorded is None or self._recorded[0] != span):
+        if self._recorder is not None and (self._recorded is None or self._recorded.span != span):
             self._record(self._recorder, body, span)
         if self._recorded is None:
             return body()
-        _, result, replay = self._recorded
-        replay()
-        return result
+        self._recorded.replay()
+        return self._recorded.result
 
     def forget(self) -> None:
         """What was recorded may use memory that is no longer the model's."""
@@ -97,9 +150,6 @@ class StepGraph:
 
     def _record(self, recorder: Recorder, body: Body, span: int) -> None:
         self.forget()
-        if room := self._lacks():
-            self._give_up(room)
-            return
         try:
             result, replay = recorder.record(body)
         except Exception as error:
@@ -108,21 +158,11 @@ class StepGraph:
             clear_frames(error)
             self._context.device.empty_cache()
             return
-        self._recorded = span, result, replay
-        self._context.recorded[self._part] = self._bytes
+        self._recorded = _Recorded(span, result, replay, self._context.scratch.buffer)
+        self._context.recorded[self._part] = self.forget
         self._context.meter.hold("workspace", self._key, self._bytes)
-        if self._context.scratch.nbytes:
-            self._give_up("packed weights are de-quantized for every product")
-
-    def _lacks(self) -> str:
-        """Why the plan has no room for a recording; empty where it has."""
-        plan = self._context.plan
-        peak = max(r.predicted_peak_bytes for r in plan.phases if self._part in r.modules)
-        room = plan.budget_bytes - plan.guard_bytes - peak
-        room -= sum(self._context.recorded.values())
-        if room >= self._bytes:
-            return ""
-        return f"it takes up to {format_size(self._bytes)}, the plan leaves {format_size(room)}"
+        if self._context.scratch.nbytes > SUMS_BYTES:
+            self._give_up("it would keep the memory that weights are de-quantized into")
 
     def _give_up(self, reason: str) -> None:
         self.forget()

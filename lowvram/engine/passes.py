@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from lowvram.engine.context import Context
-from lowvram.engine.graph import StepGraph, in_place
+from lowvram.engine.graph import StepGraph
 from lowvram.engine.host_kv import HostKVCache
 from lowvram.engine.inputs import StepInputs, Turns
 from lowvram.engine.ladder import Ladder
-from lowvram.engine.spans import span_of
+from lowvram.engine.spans import in_place, span_of
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder, DecoderLayer
-from lowvram.planner.kernels import kernels_of
-from lowvram.planner.laws import layer_bytes
 from lowvram.quant import kernel_phase
 
 TABLES_AHEAD = 64
@@ -52,7 +50,7 @@ class DecoderPasses:
         self._context, self._part = context, part
         self._decoder, self._cache = decoder, cache
         self._ladder = Ladder(context, part, chunk)
-        self._in_place = in_place(context.device, cache.max_tokens)
+        self._in_place = in_place(context.device.type, cache.max_tokens)
         self._inputs: StepInputs | None = None
         self._graph: StepGraph | None = None
         self.filled = 0
@@ -124,10 +122,7 @@ class DecoderPasses:
 
     def _replayed(self, x: Tensor, rope: Rope) -> Tensor:
         if self._graph is None:
-            config = self._decoder.config
-            kernels = kernels_of(self._context.device.type)
-            work = layer_bytes(config, 1, self._cache.max_tokens, x.itemsize, kernels)
-            self._graph = StepGraph(self._context, self._part, config.num_hidden_layers, work)
+            self._graph = StepGraph(self._context, self._part)
             self._x = torch.empty_like(x)
         self._x.copy_(x)
         assert self._cache.bias is not None

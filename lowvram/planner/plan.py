@@ -46,7 +46,8 @@ class Plan:
     through a decoder at a time ("text", "talker"); `kv` where keys and values wait ("thinker",
     "talker"). `host_bytes` is the host memory it takes besides the interpreter's: copies of
     streamed layers, keys and values, prompt embeddings and states. `knobs` has the smallest budget
-    with each change that would need less, by flag; `used` the allowed options that are in effect.
+    with each change that would need less, by flag; `used` the allowed options that are in effect;
+    `recorded` the bytes that recorded decode steps take, by part ("text", "talker").
     `fits` means predicted peak + guard <= budget.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     host_bytes: int = 0
     prompt_tokens: int = 0
     used: tuple[str, ...] = ()
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name; an interleaved one is named by its parts joined with `+`."""

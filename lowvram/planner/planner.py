@@ -27,6 +27,7 @@ from lowvram.planner.options import ANY, Limits
 from lowvram.planner.plan import Plan
 from lowvram.planner.question import Kernel, Question
 from lowvram.planner.reasons import reasons
+from lowvram.planner.recording import with_recordings
 from lowvram.planner.rows import moved_bytes, phase_rows
 from lowvram.planner.streaming import Cut, Source
 from lowvram.settings import GenerationSettings
@@ -136,7 +137,8 @@ def make_plan(
     if source != first:
         choices = Choices(choices.request, facts, source, way.kept)
         choice = _choose(choices, room, limits)
-    rows = phase_rows(choices, choice, on_device)
+    told = phase_rows(choices, choice, on_device)
+    rows, recorded, recording = with_recordings(facts.type, choices.request, choice, told, room)
     return Plan(
         fits=budget.budget_bytes >= minimum,
         model=model.name,
@@ -150,7 +152,7 @@ def make_plan(
         phases=rows,
         residency=_residency(choices, choice),
         bytes_to_move=moved_bytes(choices, choice, on_device),
-        reasons=reasons(question, choices, choice, rows, budget, minimum, why),
+        reasons=(*reasons(question, choices, choice, rows, budget, minimum, why), *recording),
         knobs={} if budget.budget_bytes >= minimum else cheaper(question, minimum),
         placements=_placements(choices, choice),
         chunks={part: option.chunk for part, option in choice.options.items()},
@@ -158,6 +160,7 @@ def make_plan(
         prompt_tokens=shape.tokens,
         host_bytes=copies_bytes(choice, choices.source) + waiting_bytes(choices.request, choice),
         used=tuple(name for name in OPTIONS if name in question.used),
+        recorded=recorded,
     )
 
 

@@ -81,8 +81,9 @@ def test_on_the_simulated_device(tmp_path: Path) -> None:
         code, told = result(tmp_path / "a.json", "--device", "npu", "--budget", "minimum")
         assert code == 0
         (row,) = told["requests"]
-        budget = told["minimum_budget_bytes"]["1"]
-        assert row["budget_bytes"] == budget
+        budget = row["budget_bytes"]
+        # Another process may find another context.
+        assert 0 < budget - told["minimum_budget_bytes"]["1"] < 16 << 20
         assert row["sound"] == "noise"
         allocator = FALLBACK_CONTEXT_BYTES + torch.npu.max_memory_reserved()
         assert allocator <= row["driver_peak_bytes"] <= row["predicted_peak_bytes"] <= budget
@@ -108,7 +109,7 @@ def test_what_would_take_too_long_is_left_out(tmp_path: Path) -> None:
     assert accelerator.main([*arguments, "--json", str(path)], ask) == 0
     rows = json.loads(path.read_text(encoding="utf-8"))["requests"]
     assert [row["left_out"] for row in rows] == ["no time left"] * 2
-    assert [row["budget_bytes"] for row in rows] == [GIB, 1 << 20]
+    assert [row["budget_bytes"] for row in rows] == [GIB, accelerator.APART + (1 << 20)]
     assert [job[0] for job in asked] == ["facts", "copies"]
 
 

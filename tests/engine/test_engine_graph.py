@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from simdevice import simulated
 from torch import Tensor
 
 from lowvram import LowVRAMOmni, Result
-from lowvram.engine import graph, passes, spans
+from lowvram.engine import graph, spans
 from lowvram.engine.passes import DecoderPasses
 from lowvram.engine.spans import graph_bytes, span_of
-from lowvram.offload import Placement
+from lowvram.offload import Meter, Placement, open_device
 from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
+from lowvram.planner import recording
 from lowvram.pocket import make_checkpoint
+from lowvram.quant import Scratch
 
 WORDS = [{"role": "user", "content": "Say something."}]
 TOKENS, CODES = 4, 24
@@ -33,11 +37,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("models") / "pocket", seed=6, dtype="float32")
 
 
+def in_one_place(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(spans, "SPAN", 16)
+    for module in (spans, recording):
+        patch.setattr(module, "RECORDING", frozenset({"cuda", "npu", "cpu"}))
+
+
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps compute in one place on every device, and spans grow often."""
-    monkeypatch.setattr(spans, "SPAN", 16)
-    monkeypatch.setattr(passes, "in_place", lambda device, max_tokens: True)
+    in_one_place(monkeypatch)
 
 
 States = list[tuple[str, Tensor]]
@@ -60,15 +69,14 @@ def watch_states(patch: pytest.MonkeyPatch) -> States:
 def launched(folder: Path) -> tuple[Result, States]:
     """The reply of steps that compute in one place and are launched one by one; their states."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spans, "SPAN", 16)
-        patch.setattr(passes, "in_place", lambda device, max_tokens: True)
+        in_one_place(patch)
         states = watch_states(patch)
         found = reply(folder)
     assert len(found.codes) == CODES
     return found, states
 
 
-def recording(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> Any:
+def recording_with(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> Any:
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
     return recorder
 
@@ -88,7 +96,7 @@ def check_same(one: Result, other: Result) -> None:
 def test_replayed_steps_are_those_that_are_launched_one_by_one(
     folder: Path, launched: tuple[Result, States], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = recording(monkeypatch, TapeRecorder())
+    recorder = recording_with(monkeypatch, TapeRecorder())
     states = watch_states(monkeypatch)
     check_same(reply(folder), launched[0])
     for (part, state), (same_part, wanted) in zip(states, launched[1], strict=True):
@@ -174,7 +182,7 @@ def test_what_cannot_be_recorded_is_launched_and_told(
     launched: tuple[Result, States],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recording(monkeypatch, Failing(error))
+    recording_with(monkeypatch, Failing(error))
     found = reply(folder)
     check_same(found, launched[0])
     told = [note for note in found.report.notes if "launched one by one" in note]
@@ -183,15 +191,34 @@ def test_what_cannot_be_recorded_is_launched_and_told(
 
 
 @pytest.mark.usefixtures("short_spans")
-def test_a_recording_has_room_in_the_budget_or_is_not_made(
+def test_a_recording_is_planned_where_it_has_room(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It counts in the rows, and what does not fit is said before, not found out."""
     with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
-        peak = omni.plan(WORDS, **SHORT).predicted_peak_bytes
-    recorder = recording(monkeypatch, TapeRecorder())
-    found = reply(folder, max_memory=peak + (80 << 20))  # the guard, and less than a recording's
-    assert recorder.replays == []
-    assert any("the plan leaves" in note for note in found.report.notes)
+        whole = omni.plan(WORDS, **SHORT)
+    assert set(whole.recorded) == {"text", "talker"}
+    for part, step in recording.STEPS.items():
+        (row,) = (row for row in whole.phases if step in row.name.split("+"))
+        assert row.parts["workspace"] >= whole.recorded[part] > spans.WORKSPACE_BYTES
+        assert sum(row.parts.values()) == row.predicted_peak_bytes
+    recorder = recording_with(monkeypatch, TapeRecorder())
+    monkeypatch.setenv(spans.SWITCH, "0")
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
+        plain = omni.plan(WORDS, **SHORT)
+        off = omni.generate(WORDS, **SHORT)
+    assert plain.recorded == {} and recorder.replays == []
+    assert sum(f"{spans.SWITCH}=0" in line for line in plain.reasons) == 2
+    assert whole.minimum_budget_bytes == plain.minimum_budget_bytes
+    monkeypatch.delenv(spans.SWITCH)
+    budget = plain.predicted_peak_bytes + (80 << 20)  # the guard, and less than a recording
+    with LowVRAMOmni.from_pretrained(
+        folder, device="cpu", dtype="bfloat16", max_memory=budget
+    ) as omni:
+        tight = omni.plan(WORDS, **SHORT)
+        check_same(omni.generate(WORDS, **SHORT), off)
+    assert tight.recorded == {} and recorder.replays == []
+    assert sum("the plan leaves" in line for line in tight.reasons) == 2
 
 
 @pytest.mark.usefixtures("short_spans")
@@ -202,16 +229,81 @@ def test_two_recordings_have_room_beside_each_other_or_one_is_not_made(
     with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
         plan = omni.plan(WORDS, **options)
     assert plan.interleaves("decode", "talk")
-    recorder = recording(monkeypatch, TapeRecorder())
+    recorder = recording_with(monkeypatch, TapeRecorder())
     # The guard of 64 MiB, and room for one and a half.
-    budget = plan.predicted_peak_bytes + (64 << 20) + 3 * graph_bytes(2, 0) // 2
+    budget = plan.predicted_peak_bytes + (64 << 20) - plan.recorded["talker"] // 2
     with LowVRAMOmni.from_pretrained(
         folder, device="cpu", dtype="bfloat16", max_memory=budget
     ) as omni:
-        found = omni.generate(WORDS, **options)
+        found = omni.plan(WORDS, **options)
+        omni.generate(WORDS, **options)
+    assert set(found.recorded) == {"text"}
     assert recorder.replays
-    (told,) = (note for note in found.report.notes if "launched one by one" in note)
+    (told,) = (line for line in found.reasons if "launched one by one" in line)
     assert told.startswith("talker:") and "the plan leaves" in told
+
+
+def test_what_is_recorded_is_forgotten_with_its_part(
+    folder: Path, short_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later phase, or request, does not count what is no longer there."""
+    recording_with(monkeypatch, TapeRecorder())
+    held: list[int] = []
+    forget = graph.StepGraph.forget
+
+    def watched(self: graph.StepGraph) -> None:
+        held.append(self._context.meter.held().get("workspace", 0))
+        forget(self)
+
+    monkeypatch.setattr(graph.StepGraph, "forget", watched)
+    with LowVRAMOmni.from_pretrained(folder, device="cpu", dtype="bfloat16") as omni:
+        omni.generate(WORDS, **SHORT)
+        assert max(held) > spans.WORKSPACE_BYTES
+        assert omni._meter.held().get("workspace", 0) == 0
+
+
+class Bare:
+    """What a `StepGraph` asks of a request's context."""
+
+    def __init__(self) -> None:
+        self.plan = SimpleNamespace(recorded={"text": 1 << 20})
+        self.device, self.scratch = open_device("cpu"), Scratch()
+        self.meter, self.recorded = Meter(self.device), dict[str, Any]()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Once:
+    """A recorder whose replays do nothing."""
+
+    def record(self, body: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        return body(), lambda: None
+
+
+@pytest.mark.parametrize("nbytes", [1 << 10, spans.SUMS_BYTES + 64])
+def test_memory_that_a_recording_goes_on_using_is_nobody_elses(
+    nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scratch is given back after every phase: that of a recorded step stays, as long as the step
+    does, or there is so much of it that the step is not recorded."""
+    recording_with(monkeypatch, Once())
+    context: Any = Bare()
+    steps = graph.StepGraph(context, "text")
+    small = nbytes <= spans.SUMS_BYTES
+
+    def body() -> Tensor:
+        (sums,) = context.scratch.take(torch.device("cpu"), ((nbytes,), torch.uint8))
+        return sums.fill_(1)
+
+    steps.run(body, 16)
+    kept = weakref.ref(context.scratch.buffer.untyped_storage())
+    context.scratch.free()
+    assert (kept() is not None) == small
+    assert bool(context.notes) != small
+    steps.forget()
+    assert kept() is None
 
 
 def test_spans_hold_the_token_that_comes_and_end_with_the_cache() -> None:
@@ -225,15 +317,17 @@ def test_spans_hold_the_token_that_comes_and_end_with_the_cache() -> None:
 def test_the_share_of_a_recording_grows_with_the_model() -> None:
     sizes = [graph_bytes(layers, step) for layers, step in ((2, 0), (24, 1 << 20), (28, 5 << 20))]
     assert sizes == sorted(sizes)
-    assert sizes[0] > 32 << 20
+    assert sizes[0] > spans.WORKSPACE_BYTES + spans.SUMS_BYTES
     assert sizes[-1] < 64 << 20
 
 
 def test_no_device_but_cuda_computes_in_one_place(folder: Path) -> None:
     for name in ("cpu", "meta"):
         with LowVRAMOmni.from_pretrained(folder, device=name) as omni:
-            assert not graph.in_place(omni._device, 10)
+            assert not spans.in_place(name, 10)
             assert graph.recorder_for(omni._device) is None
+            assert omni.plan(WORDS).recorded == {}
+    assert spans.in_place("cuda", spans.LONGEST) and not spans.in_place("cuda", 8193)
 
 
 def test_each_step_sees_a_span_that_grows_with_what_is_filled(

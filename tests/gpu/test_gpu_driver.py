@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lowvram.offload import guard_bytes
+
 pytestmark = pytest.mark.gpu
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -28,6 +30,10 @@ def test_the_driver_sees_no_more_than_was_planned(
     assert len(told["requests"]) == 2
     for row in told["requests"]:
         assert row["fits"] and row["sound"] == "noise"
-        assert row["driver_peak_bytes"] <= row["predicted_peak_bytes"] <= row["budget_bytes"]
+        predicted, budget = row["predicted_peak_bytes"], row["budget_bytes"]
+        # The guard is for kernels that are loaded late, which no allocator knows of.
+        assert predicted + guard_bytes(budget) <= budget
+        assert row["measured_peak_bytes"] <= predicted
+        assert row["driver_peak_bytes"] <= predicted + guard_bytes(budget)
     copied = told["copies"]
     assert 0 < copied["streamed_bytes_per_s"] <= 1.1 * copied["plain_copy_bytes_per_s"]
