@@ -90,16 +90,13 @@ def split_options(
             "return_audio is set, but this model was loaded without speech or has none; "
             "load it with speech=True, or a checkpoint with a Talker"
         )
-    if given.get("say") is not None and not (speech and given.get("return_audio") is not False):
-        raise UsageError(
-            "say is set, but nothing is to be spoken; use a model with a Talker, and leave "
-            "speech and return_audio on"
-        )
+    if given.get("say") is not None:
+        _check_say(given["say"], speech=speech and given.get("return_audio") is not False)
     wanted = given.get("return_audio")
     own_seed = given.get("seed")
     settings = GenerationSettings(
         **_picked(given, _REQUEST),
-        pieces=tuple(given.get("pieces", PIECES)),
+        pieces=_pieces(given.get("pieces", PIECES)),
         speech=speech if wanted is None else wanted,
         seed=seed if own_seed is None else own_seed,
         sampling=replace(SamplingSettings(), **_picked(given, _SAMPLING)),
@@ -111,12 +108,17 @@ def split_options(
     return settings, MediaSettings(**media)
 
 
-def with_system(conversation: Conversation, system: str | None) -> list[Mapping[str, Any]]:
-    """The conversation, led by that system prompt unless it brings its own."""
-    messages = list(conversation)
-    if system is None or (messages and messages[0].get("role") == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """The conversation, led by that system prompt unless it brings its own.
+
+    What is no list of messages is left as it is, for whoever reads it to say so.
+    """
+    if system is None or not isinstance(conversation, list | tuple):
+        return conversation
+    first = conversation[0] if conversation else None
+    if isinstance(first, Mapping) and first.get("role") == "system":
+        return conversation
+    return [{"role": "system", "content": system}, *conversation]
 
 
 def repeating(text: str) -> list[Mapping[str, Any]]:
@@ -127,3 +129,25 @@ def repeating(text: str) -> list[Mapping[str, Any]]:
 def _picked(given: Mapping[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
     """Those of `names` that were given under `prefix`, without it."""
     return {name: given[prefix + name] for name in names if prefix + name in given}
+
+
+def _check_say(text: object, *, speech: bool) -> None:
+    if not speech:
+        raise UsageError(
+            "say is set, but nothing is to be spoken; use a model with a Talker, and leave "
+            "speech and return_audio on"
+        )
+    if not isinstance(text, str):
+        raise UsageError(f"say is a {type(text).__name__}; wanted the text that is to be spoken")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"say is no Unicode text: character {error.start} is none; wanted text in UTF-8"
+        ) from error
+
+
+def _pieces(value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UsageError(f"pieces is {value!r}; wanted a list of blocks, as in [2, 2, 4, 8]")
+    return tuple(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal
 
 from lowvram.errors import UsageError
@@ -31,6 +33,18 @@ PIECES = (2, 2, 4, 8)
 LOOK_AHEAD = 1
 """Blocks that a piece hears of what follows it."""
 
+SEEDS = 2**62
+"""Seeds lie below it: torch's generators take 64 bits, and a request draws from three of them."""
+
+
+def _is_number(value: object) -> bool:
+    """Whether it counts something: neither a truth value, nor endless, nor no number at all."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -42,15 +56,15 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; wanted 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; wanted above 0 and at most 1 (1 is off)")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; wanted 0 (off) or more")
-        if self.repetition_penalty <= 0:
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature!r}; wanted 0 (greedy) or more")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise UsageError(f"top_p is {self.top_p!r}; wanted above 0 and at most 1 (1 is off)")
+        if not (_is_whole(self.top_k) and self.top_k >= 0):
+            raise UsageError(f"top_k is {self.top_k!r}; wanted a whole number, 0 (off) or more")
+        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
             raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty}; wanted above 0 (1 is off)"
+                f"repetition_penalty is {self.repetition_penalty!r}; wanted above 0 (1 is off)"
             )
 
 
@@ -86,16 +100,19 @@ class GenerationSettings:
     reply: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; wanted 1 or more")
-        if self.max_speech_seconds is not None and self.max_speech_seconds <= 0:
-            raise UsageError(f"max_speech_seconds is {self.max_speech_seconds}; wanted above 0")
+        tokens, seconds = self.max_new_tokens, self.max_speech_seconds
+        if tokens is not None and not (_is_whole(tokens) and tokens >= 1):
+            raise UsageError(f"max_new_tokens is {tokens!r}; wanted a whole number, 1 or more")
+        if seconds is not None and not (_is_number(seconds) and seconds > 0):
+            raise UsageError(f"max_speech_seconds is {seconds!r}; wanted above 0")
+        if not (_is_whole(self.seed) and 0 <= self.seed < SEEDS):
+            raise UsageError(f"seed is {self.seed!r}; wanted a whole number from 0 to 2**62 - 1")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}; wanted one of {', '.join(SOLVERS)}")
-        if not self.pieces or min(self.pieces) < 1:
+        if not self.pieces or not all(_is_whole(n) and n >= 1 for n in self.pieces):
             raise UsageError(f"pieces are {self.pieces}; wanted one or more blocks in each")
-        if self.look_ahead < 0:
-            raise UsageError(f"look_ahead is {self.look_ahead}; wanted 0 or more blocks")
+        if not (_is_whole(self.look_ahead) and self.look_ahead >= 0):
+            raise UsageError(f"look_ahead is {self.look_ahead!r}; wanted 0 or more blocks")
 
     def completed(self, defaults: GenerationDefaults) -> GenerationSettings:
         """The same settings with the checkpoint's bounds where they name none."""

@@ -6,6 +6,7 @@ import argparse
 import math
 
 from lowvram.errors import UsageError
+from lowvram.settings import SEEDS
 
 
 def size_of(text: str) -> int:
@@ -40,8 +41,8 @@ number_of.__name__ = "number"  # what argparse calls the type in "invalid number
 
 def seed_of(text: str) -> int:
     value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"wanted 0 to 2**63 - 1, got {text!r}")
+    if not 0 <= value < SEEDS:
+        raise argparse.ArgumentTypeError(f"wanted 0 to 2**62 - 1, got {text!r}")
     return value
 
 

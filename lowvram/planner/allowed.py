@@ -35,6 +35,8 @@ def vocoder_dtype(device_type: str, has_bfloat16: bool) -> str:
 
 def check_options(allow: Sequence[str]) -> None:
     """Raises UsageError for a name that is none of `OPTIONS`."""
+    if isinstance(allow, str):
+        raise UsageError(f"allow is {allow!r}; wanted a list of names, as in ['head8', 'talker8']")
     for name in allow:
         if name not in OPTIONS:
             raise UsageError(

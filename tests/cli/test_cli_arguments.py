@@ -10,6 +10,7 @@ import pytest
 from lowvram.cli.arguments import VERBS, build_parser, parse
 from lowvram.cli.main import main
 from lowvram.conversation import MediaSettings
+from lowvram.planner import OPTIONS
 from lowvram.settings import GenerationSettings, SamplingSettings
 
 QUESTION = "--prompt --image --audio --video --system --system-prompt"
@@ -45,6 +46,11 @@ def test_every_flag_is_there_and_explained(verb: str, capsys: Any) -> None:
     out = capsys.readouterr().out
     assert out.startswith(f"usage: lowvram-demo {verb} ")
     assert all(flag in out for flag in long)
+
+
+def test_what_may_be_allowed_is_named(capsys: Any) -> None:
+    assert main(["run", "--help"]) == 0
+    assert ",".join(OPTIONS) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["-m", "-p", "-o", "-v", "-q"])
@@ -98,13 +104,13 @@ def test_version(capsys: Any) -> None:
         (["--solver", "heun"], "argument --solver: invalid choice: 'heun'"),
         (["--allow", "head8,head2"], "unknown option 'head2' in allow; wanted some of head8"),
         (["--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
-        (["--max-tokens", "0"], "max_new_tokens is 0; wanted 1 or more"),
+        (["--max-tokens", "0"], "max_new_tokens is 0; wanted a whole number, 1 or more"),
         (["--max-speech", "-1"], "max_speech_seconds is -1.0; wanted above 0"),
         (["--temperature", "nan"], "argument --temperature: wanted a finite number, got 'nan'"),
         (["--temperature", "hot"], "argument --temperature: invalid number value: 'hot'"),
         (["--temperature", "-1"], "temperature is -1.0; wanted 0 (greedy) or more"),
         (["--top-p", "2"], "top_p is 2.0; wanted above 0 and at most 1"),
-        (["--seed", "-1"], "argument --seed: wanted 0 to 2**63 - 1, got '-1'"),
+        (["--seed", "-1"], "argument --seed: wanted 0 to 2**62 - 1, got '-1'"),
         (["--fps", "0"], "fps is 0.0; wanted a number above 0"),
         (["--max-frames", "1"], "max_frames is 1; wanted a whole number, 2 or more"),
         (["--min-pixels", "9", "--max-pixels", "8"], "min_pixels is 9 and max_pixels 8; wanted"),
