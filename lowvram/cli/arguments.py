@@ -107,7 +107,8 @@ def _add_flags(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb in ("run", "chat"):
         parser.add_argument("--play", action="store_true", help="play the speech as it comes")
     if verb != "chat":
-        parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        kind = "a JSON list" if verb == "bench" else "one JSON object"
+        parser.add_argument("--json", action="store_true", help=f"{kind} on stdout")
     if verb in ("run", "chat", "bench"):
         parser.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress")
     parser.add_argument(
@@ -184,6 +185,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
+    from lowvram.planner import OPTIONS
+
     group = parser.add_argument_group("the model, and where it runs")
     _add_model(group)
     group.add_argument(
@@ -206,7 +209,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         type=names_of,
         default=(),
         metavar="LIST",
-        help="savings that change results and may be used, with commas between (default: none)",
+        help=f"savings that may change results: {','.join(OPTIONS)} (default: none)",
     )
 
 

@@ -6,13 +6,16 @@ import json
 import re
 import sys
 from argparse import Namespace
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.output import Console, fail
 from lowvram.cli.play import open_player
+from lowvram.cli.process import Terminated
 from lowvram.cli.reply import follow, speech_line
-from lowvram.cli.request import MEDIA, Part, Request, media_part, read_request, text_part
+from lowvram.cli.request import MEDIA, Part, Request, media_part, places, read_request, text_part
 from lowvram.cli.run import OUTPUT
 from lowvram.cli.wav import open_sink
 from lowvram.errors import LowVRAMError, UsageError
@@ -40,7 +43,7 @@ def main(args: Namespace, console: Console) -> int:
     if args.output == "-":
         raise UsageError("-o -: a chat writes one file for each reply; name a file or a folder")
     if request.speech:
-        open_sink(numbered(args.output or OUTPUT, 1))
+        open_sink(numbered(args.output or OUTPUT, 1), places(request.content))
     if args.report:
         check_report_path(args.report)
     request = request.suited_to(request.find_checkpoint())
@@ -51,10 +54,8 @@ def main(args: Namespace, console: Console) -> int:
         session = Session(
             request, omni, args.output or OUTPUT, console, args.report, play=args.play
         )
-        for part in request.content:
-            if part["type"] == "text":
-                session.send(part["text"])
-        session.loop()
+        first = [part["text"] for part in request.content if part["type"] == "text"]
+        session.loop(*first)
     return 0
 
 
@@ -82,23 +83,32 @@ class Session:
         self._console = console
         self._turns = 0
 
-    def loop(self) -> None:
-        """Turns until the input ends. On a terminal an error ends the turn, else the command.
+    def loop(self, *first: str) -> None:
+        """Turns until the input ends, after those messages. On a terminal an error ends the turn,
+        else the command.
 
         Raises:
-            KeyboardInterrupt: a second Ctrl-C in a row, or any without a terminal.
+            KeyboardInterrupt: a second Ctrl-C in a row, any without a terminal, or a termination.
         """
         terminal = sys.stdin.isatty()
-        stopped = False
+        if terminal:
+            with suppress(ImportError):
+                import_module("readline")  # with which `input` edits lines and recalls them
+        waiting, stopped = list(first), False
         while True:
             try:
+                if waiting:
+                    self.send(waiting.pop(0))
+                    continue
                 line = _read_line("> " if terminal else "")
                 if line is None or line == "/exit":
                     return
                 stopped = False
                 self.take(line)
+            except Terminated:
+                raise
             except KeyboardInterrupt as interrupt:
-                if stopped or not terminal:
+                if stopped or not terminal or _presses(interrupt) > 1:
                     raise
                 stopped = True
                 kept = f"{interrupt}; " if str(interrupt) else ""
@@ -140,7 +150,9 @@ class Session:
         content = [*self._attached, text_part(text)]
         self._attached = []
         self._turns += 1
-        sink = open_sink(numbered(self._output, self._turns)) if self._speaks else None
+        sink = None
+        if self._speaks:
+            sink = open_sink(numbered(self._output, self._turns), places(content))
         player = open_player(self._console) if self._plays else None
         self._plays = player is not None
         events = self._chat.stream(content, **self._options)
@@ -188,8 +200,22 @@ def numbered(output: str, reply: int) -> str:
     return str(path.with_stem(f"{path.stem}-{reply}"))
 
 
+def _presses(error: BaseException | None) -> int:
+    """How often Ctrl-C was pressed while the first was borne; what `follow` words anew has a
+    cause."""
+    count = 0
+    while error is not None:
+        count += isinstance(error, KeyboardInterrupt) and error.__cause__ is None
+        error = error.__context__
+    return count
+
+
 def _read_line(prompt: str) -> str | None:
     """The next line without the blanks around it, or None at the end."""
+    if not sys.stdout.isatty():  # where `input` would put it among the words
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        prompt = ""
     try:
         return input(prompt).strip()
     except EOFError:

@@ -7,19 +7,15 @@ the arguments; 3 the request does not fit the memory; 130 interrupted.
 from __future__ import annotations
 
 import errno
-import io
-import os
-import signal
 import sys
-import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from importlib import import_module
 
 from lowvram.cli.arguments import PROGRAM, parse
-from lowvram.cli.output import Console, fail, library_output
+from lowvram.cli.output import STDOUT, Console, fail, library_output, tell
+from lowvram.cli.process import fill_standard_streams, leave, termination
 from lowvram.errors import LowVRAMError
 
 INTERRUPTED = 130
@@ -42,25 +38,31 @@ def command(
 ) -> int:
     """Read flags and do the work; every failure is one line and an exit code."""
     verbose = 0
+    fill_standard_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        args = read()
+        try:
+            args = read()
+        except SystemExit:  # --help and --version
+            sys.stdout.flush()
+            raise
         verbose = args.verbose
         console = Console.for_flags(args)
-        with library_output(console, everything=verbose > 1), _termination():
+        with library_output(console, everything=verbose > 1), termination():
             code = work(args, console)
             sys.stdout.flush()
             return code
-    except SystemExit as leaving:  # --help and --version
+    except SystemExit as leaving:
         return int(leaving.code or 0)
     except KeyboardInterrupt as stopped:
-        print(f"{program}: interrupted{_detail(stopped)}", file=sys.stderr)
+        tell(f"{program}: interrupted{_detail(stopped)}")
         return INTERRUPTED
-    except BrokenPipeError:
-        _leave_stdout()
-        fail("standard output was closed before the reply was complete", program)
+    except BrokenPipeError as error:
+        if error.filename in (None, STDOUT):
+            leave(sys.stdout)
+        fail(f"{error.filename or STDOUT} was closed before the reply was complete", program)
         return 1
     except Exception as error:
         return _failed(error, verbose, program)
@@ -82,7 +84,7 @@ def _failed(error: Exception, verbose: int, program: str) -> int:
         return 1
     if isinstance(error, OSError) and error.strerror:
         if error.errno in FULL:
-            _leave_stdout()
+            leave(sys.stdout)
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         fail(line, program)
         return 1
@@ -92,31 +94,8 @@ def _failed(error: Exception, verbose: int, program: str) -> int:
     return 1
 
 
-def _leave_stdout() -> None:
-    """Its reader has left, or its disk is full: the interpreter must not flush to it at exit."""
-    with suppress(io.UnsupportedOperation):  # a stream in memory
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _detail(stopped: KeyboardInterrupt) -> str:
     return f"; {stopped}" if str(stopped) else ""
-
-
-@contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that nothing half-written stays behind."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from lowvram.cli.arguments import PROGRAM
+from lowvram.cli.process import leave
+
+STDOUT, STDERR = "standard output", "standard error"
+"""What messages call them."""
 
 
 class Console:
@@ -45,7 +49,7 @@ class Console:
         """A line for the person who waits."""
         if not self.quiet:
             self._clear()
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
     def detail(self, text: object) -> None:
         """What only -v shows."""
@@ -112,7 +116,15 @@ class Console:
 
 def fail(message: object, program: str = PROGRAM) -> None:
     """The one line of a failure."""
-    print(f"{program}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    tell(f"{program}: error: {one_line(message)}")
+
+
+def tell(line: object) -> None:
+    """A line on stderr; that nobody reads them is no reason to end the work."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        leave(sys.stderr)
 
 
 def one_line(message: object) -> str:
@@ -130,7 +142,7 @@ def write_text(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        name = "standard error" if stream is sys.stderr else "standard output"
+        name = STDERR if stream is sys.stderr else STDOUT
         raise OSError(error.errno, error.strerror, name) from error
 
 

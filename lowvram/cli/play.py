@@ -19,9 +19,10 @@ SLICE = SAMPLE_RATE // 10
 
 class Player:
     """One reply's sound. `write` does not wait for the device, `finish` waits for the last sample,
-    `stop` falls silent at once. A device that fails while it plays is silent from then on."""
+    `stop` falls silent at once. A device that fails is silent from then on; `problem` says why."""
 
     def __init__(self, stream: Any) -> None:
+        self.problem: str | None = None
         self._stream = stream
         self._pieces: SimpleQueue[np.ndarray | None] = SimpleQueue()
         self._silent = False
@@ -42,14 +43,13 @@ class Player:
 
     def _play(self) -> None:
         """Every piece in turn; the device takes one when it has room for it."""
-        with self._stream:
-            while (piece := self._pieces.get()) is not None:
-                if self._silent:
-                    continue
-                try:
-                    self._stream.write(piece.reshape(-1, 1))
-                except Exception:  # PortAudioError is known only where the package is
-                    self._silent = True
+        try:
+            with self._stream:
+                while (piece := self._pieces.get()) is not None:
+                    if not self._silent:
+                        self._stream.write(piece.reshape(-1, 1))
+        except Exception as error:  # PortAudioError is known only where the package is
+            self.problem = one_line(error)
 
 
 def open_player(console: Console) -> Player | None:

@@ -58,12 +58,14 @@ def follow(
             sink.close()
         if player is not None:
             player.finish()
+            if player.problem is not None:
+                console.say(f"note: the sound device failed ({player.problem}); not all was heard")
     except KeyboardInterrupt as stopped:
         _abandon(sink, player, keep=spoken > 0)
         console.end_words()
         if sink is None or not spoken:
             raise
-        raise KeyboardInterrupt(f"{spoken:.1f} s of speech are in {sink.name}") from stopped
+        raise type(stopped)(f"{spoken:.1f} s of speech are in {sink.name}") from stopped
     except BaseException:
         _abandon(sink, player, keep=False)
         console.end_words()
@@ -79,8 +81,9 @@ def speech_line(sink: Sink, report: Report) -> str:
 
 
 def _abandon(sink: Sink | None, player: Player | None, *, keep: bool) -> None:
-    """Silence, and the file as it stands or as if it had never been."""
-    if player is not None:
-        player.stop()
+    """The file as it stands or as if it had never been, and silence, for which another Ctrl-C
+    need not wait."""
     if sink is not None:
         (sink.close if keep else sink.discard)()
+    if player is not None:
+        player.stop()

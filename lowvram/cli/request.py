@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,11 @@ def text_part(text: str) -> Part:
 
 def media_part(kind: str, place: str) -> Part:
     return {"type": kind, kind: place}
+
+
+def places(content: Iterable[Part]) -> list[str]:
+    """Where the media among the parts are."""
+    return [part[part["type"]] for part in content if part["type"] in MEDIA]
 
 
 def _to_say(args: Namespace) -> str | None:

@@ -10,7 +10,7 @@ from lowvram.cli.arguments import POCKET
 from lowvram.cli.output import Console, print_json
 from lowvram.cli.play import open_player
 from lowvram.cli.reply import follow, speech_line
-from lowvram.cli.request import GREETING, Request, read_request
+from lowvram.cli.request import GREETING, Request, places, read_request
 from lowvram.cli.wav import Sink, open_sink
 from lowvram.errors import DoesNotFitError, UsageError
 from lowvram.report import check_report_path, write_report
@@ -25,13 +25,15 @@ OUTPUT = "lowvram.wav"
 
 def main(args: Namespace, console: Console) -> int:
     request = read_request(args).asking(GREETING if args.model == POCKET else None)
-    sink = _sink(args)
+    sink = _sink(args, request)
     if args.report:
         check_report_path(args.report)
     asked = request.speech
     request = request.suited_to(request.find_checkpoint())
     if asked and not request.speech:
-        if args.output:
+        if request.options["say"] is not None:
+            raise UsageError(f"--speech-only: {args.model} does not speak; use one that does")
+        if args.output is not None:
             raise UsageError(f"-o {args.output}: {args.model} does not speak; leave -o out")
         console.say(f"note: {args.model} does not speak: text only")
         sink = None
@@ -41,21 +43,19 @@ def main(args: Namespace, console: Console) -> int:
         if args.json:
             print_json(_summary(error.plan, None, None) | {"fits": False, "error": str(error)})
         raise
-    path = None if sink is None else sink.name
-    if args.report:
-        write_report(result.report, args.report)
     if args.json:
-        print_json(_summary(plan, result, path))
+        print_json(_summary(plan, result, None if sink is None else sink.name))
     _tell(result, sink, console)
     if args.report:
+        write_report(result.report, args.report)
         console.say(f"report: {args.report}")
     return 0
 
 
-def _sink(args: Namespace) -> Sink | None:
+def _sink(args: Namespace, request: Request) -> Sink | None:
     """Where the speech will go; whether it can go there is found out now, before the work."""
     if args.no_speech:
-        if args.output:
+        if args.output is not None:
             raise UsageError(f"-o {args.output} and --no-speech exclude each other")
         return None
     if args.output == "-":
@@ -63,7 +63,7 @@ def _sink(args: Namespace) -> Sink | None:
             raise UsageError("-o - and --json both want standard output; name a file for -o")
         if sys.stdout.isatty():
             raise UsageError("-o -: standard output is a terminal; send it to a file or a player")
-    return open_sink(args.output or OUTPUT)
+    return open_sink(OUTPUT if args.output is None else args.output, places(request.content))
 
 
 def _answer(

@@ -7,9 +7,11 @@ import io
 import os
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from lowvram.cli.output import STDOUT
 from lowvram.errors import LowVRAMError, UsageError
 from lowvram.events import SAMPLE_RATE
 
@@ -97,6 +99,8 @@ class WavFile:
         self._fresh.unlink(missing_ok=True)
         if self._before.exists():
             self._before.replace(self._target)
+            # Where both are still names of one file, that did nothing.
+            self._before.unlink(missing_ok=True)
 
     def _begin(self) -> io.FileIO:
         """The file under its name, where there is what was there before or a WAV at any moment."""
@@ -155,21 +159,33 @@ class WavStream:
             raise OSError(error.errno, error.strerror, self.name) from error
 
 
-def open_sink(output: str) -> Sink:
+def open_sink(output: str, read: Iterable[str] = ()) -> Sink:
     """The place that `-o` names: `-` is stdout; a pipe or a device is written as a stream.
 
     Raises:
-        UsageError: the name says it is another kind of file.
+        UsageError: the name says it is another kind of file, or it is one of those that are `read`.
         LowVRAMError: the place cannot be written.
     """
     if output == "-":
-        return WavStream("standard output", sys.stdout.buffer)
+        return WavStream(STDOUT, sys.stdout.buffer)
     path = Path(output)
     if path.exists() and not path.is_file() and not path.is_dir():
         return WavStream(output, io.FileIO(path, "w"))
     if path.suffix.lower() not in ("", ".wav"):
         raise UsageError(f"-o {path}: speech is written as WAV; wanted a name that ends in .wav")
+    if any(_same(path, place) for place in read):
+        raise UsageError(
+            f"{path} is read by this request, whose speech would take its place; choose another "
+            "place with -o"
+        )
     return WavFile(path)
+
+
+def _same(path: Path, place: str) -> bool:
+    try:
+        return path.samefile(place)
+    except (OSError, ValueError):  # an address, or nothing there
+        return False
 
 
 def pcm16(samples: np.ndarray) -> np.ndarray:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lowvram.cli.chat import COMMANDS, numbered
@@ -19,13 +21,14 @@ Type = Callable[..., None]
 
 @pytest.fixture
 def keyboard(monkeypatch: pytest.MonkeyPatch) -> Type:
-    """Lines (or exceptions) that `input` gives in turn, then the end of input."""
+    """Lines (or exceptions) that `input` gives in turn, then the end of input. What is written is
+    no terminal: a prompt among the words would be read as one of them."""
 
     def type_in(*lines: Any, terminal: bool = False) -> None:
         left = list(lines)
 
         def read(prompt: str = "") -> str:
-            assert prompt == ("> " if terminal else "")
+            assert prompt == ""
             if not left:
                 raise EOFError
             line = left.pop(0)
@@ -147,6 +150,54 @@ def test_ctrl_c_stops_the_reply_and_twice_leaves(engine: Any, keyboard: Type, ca
     assert out == "Hel\nHel\n"
     assert err.count("(Ctrl-C again, Ctrl-D or /exit leaves)") == 2
     assert err.endswith("lowvram-demo: interrupted\n")
+
+
+@pytest.mark.parametrize("broken", [KeyboardInterrupt(), MediaError("a.png is empty")])
+def test_a_first_message_that_comes_to_nothing_does_not_end_a_talk(
+    engine: Any, keyboard: Type, broken: BaseException
+) -> None:
+    engine.script = ["Hel", broken]
+    keyboard("/speaker", "/exit", "never", terminal=True)
+    assert main(["chat", "-p", "a"]) == 0
+    assert len(engine.asked) == 1
+
+
+def test_two_ctrl_c_at_once_leave(engine: Any, keyboard: Type, capsys: Any) -> None:
+    def impatient() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise KeyboardInterrupt
+
+    engine.script = ["Hel", np.zeros(2_400, np.float32), impatient]
+    keyboard("a", "never", terminal=True)
+    assert main(["chat"]) == 130
+    said = "lowvram-demo: interrupted; 0.1 s of speech are in lowvram-1.wav\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_termination_ends_a_talk(engine: Any, keyboard: Type, name: str) -> None:
+    engine.script = ["Hel", lambda: signal.raise_signal(signal.Signals[name])]
+    keyboard("a", "never", terminal=True)
+    assert main(["chat"]) == 130
+    assert len(engine.asked) == 1
+
+
+def test_the_prompt_is_not_among_the_words(engine: Any, keyboard: Type, capsys: Any) -> None:
+    keyboard("a", terminal=True)
+    assert main(["chat", "--no-speech"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello there\n" and err.count("> ") == 2
+
+
+def test_a_reply_does_not_replace_what_it_answers(engine: Any, keyboard: Type, capsys: Any) -> None:
+    Path("lowvram-2.wav").write_bytes(b"mine")
+    keyboard("a", "/audio lowvram-2.wav", "b", terminal=True)
+    assert main(["chat"]) == 0
+    assert "lowvram-2.wav is read by this request" in capsys.readouterr().err
+    assert Path("lowvram-2.wav").read_bytes() == b"mine" and len(engine.asked) == 1
 
 
 def test_ctrl_c_at_the_prompt_warns_first(engine: Any, keyboard: Type) -> None:

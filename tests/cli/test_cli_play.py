@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from lowvram.cli.main import main
+from lowvram.cli.play import Player
 
 SOUND = np.linspace(-1, 1, 6_000, dtype=np.float32)
 
@@ -98,18 +99,39 @@ def test_a_missing_device_is_said_once(
     assert len(list(Path().glob("*.wav"))) == len(engine.asked)
 
 
-def test_an_interruption_is_silent_and_a_failing_device_ends_no_reply(
-    engine: Any, plug: Any
-) -> None:
+def test_an_interruption_is_silent(engine: Any, plug: Any) -> None:
     device = plug(Device())
     engine.script = ["Hello", SOUND, KeyboardInterrupt()]
     assert main(["-p", "hi", "--play"]) == 130
     assert device.closed == 1 and len(device.heard) <= len(SOUND)
 
-    def fail(samples: np.ndarray) -> None:
-        raise RuntimeError("unplugged")
 
-    device.write = fail
+@pytest.mark.parametrize("when", ["write", "__enter__", "__exit__"])
+def test_a_device_that_fails_ends_no_reply(
+    engine: Any, plug: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("device\nunplugged")
+
+    plug(Device())
+    monkeypatch.setattr(Device, when, fail)
     engine.script = ["Hello", SOUND]
     assert main(["-p", "hi", "--play"]) == 0
+    assert soundfile.info("lowvram.wav").frames == 6_000
+    said = "note: the sound device failed (device unplugged); not all was heard\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_another_ctrl_c_while_the_device_falls_silent_leaves_the_file(
+    engine: Any, plug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(player: Player) -> None:
+        raise KeyboardInterrupt
+
+    plug(Device())
+    monkeypatch.setattr(Player, "stop", impatient)
+    Path("lowvram.wav").write_bytes(b"old")
+    engine.script = ["Hello", SOUND, KeyboardInterrupt()]
+    assert main(["-p", "hi", "--play"]) == 130
+    assert [path.name for path in Path().iterdir()] == ["lowvram.wav"]
     assert soundfile.info("lowvram.wav").frames == 6_000

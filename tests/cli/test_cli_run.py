@@ -228,6 +228,26 @@ def test_a_model_without_a_voice_answers_in_text(engine: Any, capsys: Any) -> No
     assert left_behind() == []
 
 
+def test_a_model_without_a_voice_speaks_no_given_text(engine: Any, capsys: Any) -> None:
+    engine.speaks = False
+    assert main(["--speech-only", "hi", "-m", "folder"]) == 2
+    said = "lowvram-demo: error: --speech-only: folder does not speak; use one that does\n"
+    assert capsys.readouterr().err == said and engine.opened == []
+
+
+def test_a_report_that_cannot_be_written_costs_nothing_else(
+    engine: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(report: Any, path: str) -> None:
+        raise LowVRAMError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("lowvram.cli.run.write_report", full)
+    assert main(["-p", "hi", "--json", "--report", "memory.png"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["text"] == "Hello there" and "speech: lowvram.wav (0.20 s)\n" in err
+    assert left_behind() == ["lowvram.wav"]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -282,13 +302,23 @@ def test_an_interrupted_reply_keeps_what_was_spoken(engine: Any, capsys: Any) ->
     assert left_behind() == ["lowvram.wav"]
 
 
-def test_termination_is_an_interruption(engine: Any, capsys: Any) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    engine.script = ["Hello", lambda: signal.raise_signal(signal.SIGTERM), "never"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_is_an_interruption(engine: Any, capsys: Any, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    engine.script = ["Hello", lambda: signal.raise_signal(number), "never"]
     assert main(["-p", "hi"]) == 130
     out, err = capsys.readouterr()
     assert (out, err.splitlines()[-1]) == ("Hello\n", "lowvram-demo: interrupted")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(engine: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engine.script = ["Hello", lambda: signal.raise_signal(signal.SIGHUP), " there"]
+        assert main(["-p", "hi"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_refusal_is_an_object_too(engine: Any, capsys: Any) -> None:
@@ -320,6 +350,18 @@ def test_an_output_that_cannot_be_is_found_before_the_work(
     assert capsys.readouterr().err.startswith(f"lowvram-demo: error: {message}")
     assert engine.opened == []
     assert left_behind() == ["file"]
+
+
+@pytest.mark.parametrize("flags", [["--audio", "lowvram.wav"], ["--video", "b.wav", "-o", "c.wav"]])
+def test_speech_does_not_replace_what_is_read(engine: Any, capsys: Any, flags: list[str]) -> None:
+    for name in ("lowvram.wav", "b.wav"):
+        Path(name).write_bytes(b"mine")
+    Path("c.wav").symlink_to("b.wav")
+    assert main(["-p", "hi", *flags]) == 2
+    said = "is read by this request, whose speech would take its place; choose another place"
+    assert said in capsys.readouterr().err and engine.opened == []
+    assert main(["-p", "hi", *flags, "-o", "d.wav"]) == 0
+    assert {Path(name).read_bytes() for name in ("lowvram.wav", "b.wav")} == {b"mine"}
 
 
 @pytest.mark.parametrize(

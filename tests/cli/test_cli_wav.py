@@ -110,6 +110,24 @@ def test_a_full_disk_is_one_line_and_keeps_what_it_took(
     assert [path.name for path in Path().iterdir()] == left
 
 
+def test_an_interruption_while_the_file_takes_its_place(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lowvram.wav").write_bytes(b"old")
+    replace, calls = Path.replace, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    engine.script = ["Hello", NOISE]
+    assert main(["-p", "hi"]) == 130
+    assert [path.read_bytes() for path in Path().iterdir()] == [b"old"]
+
+
 def test_no_room_for_a_header_is_one_line(engine: Any, capsys: Any) -> None:
     engine.script = ["ok"]
     with room_for(20):
@@ -145,18 +163,56 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def stand_in(*argv: str) -> list[str]:
+    """The command as a process of its own, on the stand-in for the engine."""
+    return [sys.executable, "-c", STAND_IN.format(paths=[str(Path(__file__).parents[1])]), *argv]
+
+
 def run_stand_in(folder: Path, *argv: str, stdout: str) -> tuple[int, str]:
-    """The command as a process of its own, on the stand-in for the engine: code and stderr."""
-    work = STAND_IN.format(paths=[str(Path(__file__).parents[1])])
+    """Its code and what it says."""
     with open(stdout, "wb") as out:
         done = subprocess.run(
-            [sys.executable, "-c", work, *argv],
-            stdout=out,
-            stderr=subprocess.PIPE,
-            check=False,
-            cwd=folder,
+            stand_in(*argv), stdout=out, stderr=subprocess.PIPE, check=False, cwd=folder
         )
     return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("without", "out", "err"),
+    [(">&-", "", "speech: "), ("2>&-", "Hello there\n", ""), ("<&- >&- 2>&-", "", "")],
+)
+def test_a_process_without_standard_streams(
+    tmp_path: Path, without: str, out: str, err: str
+) -> None:
+    shell = ["sh", "-c", f'"$@" {without}', "sh", *stand_in("run", "-p", "hi")]
+    done = subprocess.run(shell, capture_output=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout.decode()) == (0, out)
+    assert err in done.stderr.decode() and bool(done.stderr) == bool(err)
+    assert soundfile.info(tmp_path / "lowvram.wav").frames == 4_800
+
+
+def test_nobody_need_read_the_notes(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        stand_in("run", "-p", "hi"),
+        stdout=subprocess.PIPE,
+        stderr=writing,
+        check=False,
+        cwd=tmp_path,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, b"Hello there\n")
+    assert soundfile.info(tmp_path / "lowvram.wav").frames == 4_800
+
+
+def test_a_pipe_whose_reader_leaves_is_named(engine: Any, capsys: Any) -> None:
+    os.mkfifo("pipe")
+    reading = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    engine.script = ["Hello", NOISE, lambda: os.close(reading), NOISE]
+    assert main(["-p", "hi", "-o", "pipe", "-q"]) == 1
+    said = "lowvram-demo: error: pipe was closed before the reply was complete\n"
+    assert capsys.readouterr() == ("Hello\n", said)
 
 
 @pytest.mark.parametrize(
