@@ -120,12 +120,13 @@ def test_a_listener_waits_when_sound_comes_late() -> None:
 
 
 def test_speed_is_told_for_each_part() -> None:
-    spent = {"talk": 4.0, "vocode": 0.5}
+    spent = {"decode": 9.0, "talk": 4.0, "vocode": 0.5}
     found = replace(
         report(()), codes=100, audio_seconds=2.0, phase_seconds=spent, longest_gap_s=0.25
     )
     told = found.to_json()
     assert (told["codes_per_s"], told["longest_gap_s"]) == (25.0, 0.25)
+    assert told["real_time_factor"] == 2.25 and "; real-time factor 2.25\n" in str(found)
     assert told["audio_per_second"] == {"talk": 0.5, "vocode": 4.0}
     assert str(found).endswith(
         "25.0 codes a second; talk 0.50 s of speech a second; "
@@ -133,6 +134,7 @@ def test_speed_is_told_for_each_part() -> None:
     )
     silent = report(())
     assert (silent.codes_per_s, silent.audio_per_second) == (None, {})
+    assert silent.real_time_factor is None and "factor" not in str(silent)
     assert "gap" not in str(silent)
 
 
@@ -216,9 +218,9 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         write_report(report(HISTORY), tmp_path / "memory.gif")
     with pytest.raises(UsageError, match="no folder"):
         write_report(report(HISTORY), tmp_path / "none" / "memory.json")
-    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "full.json").symlink_to("/dev/full")
     with pytest.raises(LowVRAMError, match="cannot write"):
-        write_report(report(HISTORY), tmp_path / "folder.json")
+        write_report(report(HISTORY), tmp_path / "full.json")
 
 
 ASK = ["-q", "-p", "hi", "--device", "cpu", "--max-tokens", "4", "--max-speech", "1.3"]
@@ -245,9 +247,12 @@ def test_run_writes_its_report(tmp_path: Path, capsys: Any) -> None:
     assert highest == written["measured_peak_bytes"]
 
 
-def test_a_wrong_name_is_refused_before_the_work(capsys: Any) -> None:
-    assert main(["run", *ASK, "--report", "memory.bmp"]) == UsageError.exit_code
-    assert "--report memory.bmp" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["memory.bmp", "none/memory.png", "folder.json"])
+def test_a_wrong_name_is_refused_before_the_work(tmp_path: Path, capsys: Any, name: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    target = str(tmp_path / name)
+    assert main(["run", *ASK, "--report", target]) == UsageError.exit_code
+    assert capsys.readouterr().err.startswith(f"lowvram-demo: error: --report {target}: ")
 
 
 def test_each_turn_of_a_chat_has_its_report(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

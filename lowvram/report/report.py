@@ -81,10 +81,8 @@ class Report:
     @property
     def real_time_factor(self) -> float | None:
         """Seconds of talking and vocoding for each second of speech; None where there is none."""
-        if not self.audio_seconds:
-            return None
-        spent = sum(p.seconds for p in self.phases if {"talk", "vocode"} & set(p.name.split("+")))
-        return spent / self.audio_seconds
+        spent = sum(self.phase_seconds.get(name, 0.0) for name in ("talk", "vocode"))
+        return spent / self.audio_seconds if spent and self.audio_seconds else None
 
     @property
     def codes_per_s(self) -> float | None:
@@ -147,7 +145,7 @@ class Report:
         if self.first_audio_s is not None:
             times.append(f"first audio {self.first_audio_s:.2f} s")
         if self.real_time_factor is not None:
-            times.append(f"{self.real_time_factor:.2f} s per second of speech")
+            times.append(f"real-time factor {self.real_time_factor:.2f}")
         lines.append("; ".join(times))
         if self.longest_gap_s is not None:
             speed = [f"{self.codes_per_s:.1f} codes a second"] if self.codes_per_s else []

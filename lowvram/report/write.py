@@ -18,7 +18,7 @@ def check_report_path(path: str) -> Path:
     """The path, if a report can be written there.
 
     Raises:
-        UsageError: another suffix, or a folder that is not there.
+        UsageError: another suffix, a folder that is not there, or a folder itself.
     """
     found = Path(path)
     if found.suffix.lower() not in SUFFIXES:
@@ -28,6 +28,8 @@ def check_report_path(path: str) -> Path:
         )
     if not found.parent.is_dir():
         raise UsageError(f"--report {path}: there is no folder {found.parent}")
+    if found.is_dir():
+        raise UsageError(f"--report {path}: is a folder; wanted the name of a file")
     return found
 
 
