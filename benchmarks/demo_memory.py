@@ -29,7 +29,7 @@ from lowvram.planner import Plan, config_facts, plan_request
 from lowvram.specs import find_spec
 
 DEMOS = Path(__file__).resolve().parents[1] / "demos"
-MODELS = ("Qwen2.5-Omni-3B", "Qwen2.5-Omni-3B-AWQ", "Qwen2.5-Omni-7B-AWQ")
+MODELS = ("Qwen2.5-Omni-3B", "Qwen2.5-Omni-3B-AWQ", "Qwen2.5-Omni-7B", "Qwen2.5-Omni-7B-AWQ")
 ELSEWHERE = "cuda:63"
 """A device that is not here, so that the table is the same on every machine."""
 BEGIN, END = "<!-- demo memory -->\n", "<!-- /demo memory -->\n"

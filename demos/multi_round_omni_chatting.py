@@ -1,7 +1,6 @@
 """Talk while something is drawn: every video is a round, and what was seen and said is remembered.
 
-python demos/multi_round_omni_chatting.py
-python demos/multi_round_omni_chatting.py draw1.mp4 draw2.mp4 draw3.mp4 -m Qwen/Qwen2.5-Omni-7B
+python demos/multi_round_omni_chatting.py [draw1.mp4 draw2.mp4 -m Qwen/Qwen2.5-Omni-7B]
 """
 
 import argparse
@@ -26,6 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model == "pocket":
         print("The built-in model is untrained: its words and voice are noise.", file=sys.stderr)
+    args.output.mkdir(parents=True, exist_ok=True)
     with LowVRAMOmni.from_pretrained(args.model, args.max_memory) as omni:
         chat = omni.chat(max_pixels=360 * 420, max_speech_seconds=args.max_speech)
         for number, video in enumerate(args.video, 1):

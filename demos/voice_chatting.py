@@ -1,7 +1,6 @@
 """Speak and be spoken to: each recording is a turn of one conversation, each reply a WAV file.
 
-python demos/voice_chatting.py
-python demos/voice_chatting.py hello.wav more.wav -m Qwen/Qwen2.5-Omni-3B --max-memory 8GiB
+python demos/voice_chatting.py [hello.wav more.wav -m Qwen/Qwen2.5-Omni-3B --max-memory 8GiB]
 """
 
 import argparse
@@ -26,6 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model == "pocket":
         print("The built-in model is untrained: its words and voice are noise.", file=sys.stderr)
+    args.output.mkdir(parents=True, exist_ok=True)
     with LowVRAMOmni.from_pretrained(args.model, args.max_memory) as omni:
         chat = omni.chat(speaker=args.speaker, max_speech_seconds=args.max_speech)
         for turn, recording in enumerate(args.recording, 1):

@@ -57,6 +57,11 @@ def test_text_only_generation(run: Any) -> None:
     shown, _ = run("text_only_generation.py", "--video", str(MEDIA / "clip.mp4"))
     assert len(default) > 2 and shown != default
     assert err == SILENT
+    alone, seen = (
+        run("text_only_generation.py", "-p", "What do you notice?", *media)[0]
+        for media in ((), ("--image", str(MEDIA / "picture.png")))
+    )
+    assert alone != default and seen == default
 
 
 def test_universal_audio_understanding(run: Any) -> None:
@@ -109,5 +114,7 @@ def test_rounds_of_a_conversation(
         found = soundfile.info(f"{reply}-{number}.wav")
         assert (found.samplerate, found.channels, found.frames) == (24_000, 1, 9_600)
         assert f"[{reply}-{number}.wav: 0.4 s]" in out
-    begun, _ = run(demo, *BRIEF, *(str(MEDIA / file) for file in fewer))
+    begun, _ = run(demo, *BRIEF, "-o", "new/folder", *(str(MEDIA / file) for file in fewer))
+    begun = begun.replace("new/folder/", "")
     assert out.startswith(begun) and len(begun) < len(out)
+    assert soundfile.info(f"new/folder/{reply}-1.wav").frames == 9_600
