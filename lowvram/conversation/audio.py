@@ -128,11 +128,11 @@ def _track_blocks(frames: Iterator[Any], rate: int, label: str) -> Iterator[np.n
 
 def resample(sound: Sound) -> np.ndarray:
     """All of it as one waveform at 16 kHz; the same as resampling it in one piece."""
-    import soxr
-
     if sound.rate == SAMPLE_RATE:
         pieces = list(_limited(sound))
     else:
+        import soxr
+
         stream = soxr.ResampleStream(sound.rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         pieces = [stream.resample_chunk(block) for block in _limited(sound)]
         pieces.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
