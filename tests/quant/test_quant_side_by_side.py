@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
+import simdevice as sim
 import torch
+from simdevice import simulated
 from torch import Tensor
 
+from lowvram import LowVRAMOmni, Result
+from lowvram.offload.accelerator import FALLBACK_CONTEXT_BYTES
+from lowvram.pocket import make_checkpoint
 from lowvram.quant import QuantLinear, apply_all, join
 from lowvram.quant.kernels import Kernel, reference, triton
 from lowvram.quant.side_by_side import ALIGNMENT, side_by_side
@@ -66,6 +75,40 @@ def test_a_tensor_of_others_in_between_is_left_as_it_is() -> None:
 def test_memory_of_several_pieces_is_joined_in_new_memory() -> None:
     (joined,) = side_by_side([[torch.ones(4), torch.zeros(4)]], (0,))
     assert joined.tolist() == [1] * 4 + [0] * 4
+
+
+def test_a_loaded_model_is_joined_where_it_lies(tmp_path: Path) -> None:
+    """On a device with an allocator of its own: the same reply, in one block, as it is planned."""
+    folder = make_checkpoint(tmp_path / "pocket", seed=6, awq=True)
+
+    @simulated
+    def inside() -> None:
+        sim.configure(limit=8 << 30, context=FALLBACK_CONTEXT_BYTES)
+
+        def reply() -> Result:
+            options: Any = {"device": "npu", "dtype": "float32", "speech": False}
+            with LowVRAMOmni.from_pretrained(folder, **options) as omni:
+                words = [{"role": "user", "content": "Say something."}]
+                return omni.generate(words, max_new_tokens=4)
+
+        wanted, absorb, whole = reply(), QuantLinear.absorb, []
+
+        def watched(self: QuantLinear, others: Sequence[QuantLinear]) -> None:
+            absorb(self, others)
+            held = self.get_buffer("qweight")
+            whole.append(held.untyped_storage().nbytes() > 4 * held.nbytes)
+
+        kernel = Kernel("triton", "", triton.prepare, reference.run, triton.JOINS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(QuantLinear, "choose", lambda self, device: kernel)
+            patch.setattr(QuantLinear, "absorb", watched)
+            found = reply()
+        assert whole and all(whole)
+        assert found.tokens == wanted.tokens and sim.races() == []
+        for row in found.report.phases:
+            assert row.measured_peak_bytes <= row.predicted_peak_bytes
+
+    inside()
 
 
 def test_linears_that_the_loader_placed_are_joined_in_their_place(
