@@ -306,9 +306,9 @@ def _find(model: str | Path, offline: bool) -> Path:
     if isinstance(model, str) and hub.is_hub_id(name) and not folder.exists():
         return hub.download(name, offline=offline)
     known = ", ".join([POCKET, *(spec.name for spec in SPECS.values() if spec.hub_id)])
-    what = "is a file" if folder.exists() else "is no folder"
+    what = "is a file" if folder.exists() else "is no folder, nor a known model"
     raise CheckpointError(
-        f"{name} {what}, nor a known model; wanted the folder of a checkpoint, a hub id "
+        f"{name} {what}; wanted the folder of a checkpoint, a hub id "
         f"(owner/model), or one of {known}"
     )
 

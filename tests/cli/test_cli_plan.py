@@ -17,6 +17,7 @@ from lowvram.specs import SPECS
 
 AWQ = "Qwen2.5-Omni-7B-AWQ"
 GIB = 2**30
+MEDIA = Path(__file__).resolve().parents[2] / "demos" / "media"
 
 
 def planned(capsys: Any, *argv: str, code: int = 0) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def test_lengths_work_with_weights_too(tmp_path: Path, capsys: Any) -> None:
         (["-m", AWQ, "--images", "1", "-p", "hi"], 2, "--images in place of real text"),
         (["-m", AWQ, "--video-seconds", "2000"], 2, "the prompt takes "),
         (["-m", "somebody/omni", "-p", "hi"], 1, "the hub was asked"),
-        (["-m", "no-such-model"], 1, "no-such-model is no folder, nor a known model"),
+        (["-m", "no-such-model"], 1, "no-such-model is no folder, nor a known model; wanted"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -178,3 +179,11 @@ def test_bad_arguments_are_one_line(capsys: Any, argv: list[str], code: int, mes
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"lowvram-demo: error: {message}")
+
+
+def test_a_picture_cannot_be_half_as_long(capsys: Any) -> None:
+    for medium, clip in (("--image", False), ("--video", True)):
+        path = MEDIA / ("clip.mp4" if clip else "picture.png")
+        asked = [medium, str(path), "--min-pixels", "1000000", "--device", "cpu"]
+        assert main(["plan", *asked, "--max-memory", "1MiB"]) == 3
+        assert ("half as long a clip" in capsys.readouterr().err) is clip
