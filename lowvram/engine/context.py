@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -73,13 +73,19 @@ class Context:
                 # What the last row's activations were in is not this one's to hold.
                 self.device.empty_cache()
         started = time.perf_counter()
-        with self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
+        with self._current(), self.meter.phase(row, stepwise=stepwise), torch.inference_mode():
             try:
                 yield
             finally:
                 self.scratch.free()
                 spent = time.perf_counter() - started
                 self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + spent
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Has the device be the current one, which every thread has of its own: libraries ask that
+        one what it can do."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device.torch) if cuda else nullcontext()
 
     @contextmanager
     def use(self, part: str, kind: type[M]) -> Iterator[M]:
