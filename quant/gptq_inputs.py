@@ -52,10 +52,10 @@ def products(
         x = inputs[item]
         if sums is None:
             packed = {name: tensor.to(x.dtype) for name, tensor in packed.items()}
-        found = _inputs(capture(packed, item, x)[linear])
+        found = _inputs(capture(packed, item, x, linear)[linear])
         if sums is None:
             sums = _Sums(found.shape[1], block, found.device, followed=not first)
-        true = _inputs(capture(weights, item, x)[linear]) if sums.followed else found
+        true = _inputs(capture(weights, item, x, linear)[linear]) if sums.followed else found
         if columns is not None and sums.followed:
             true = true / columns
         sums.add(found, true)

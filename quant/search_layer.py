@@ -25,9 +25,6 @@ The output includes the residual path. It is computed in the type of the rows, w
 where a decision is judged by it. t may be less than the item's length.
 """
 
-Capture = Callable[[Weights, int, Tensor], Mapping[str, Tensor]]
-"""The same arguments -> the input [t, K] of each linear of `LINEARS`, by the linear's name."""
-
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -38,6 +35,17 @@ LINEARS = (
     "mlp.down_proj",
 )
 """The linears that are packed, in the order in which they are searched."""
+
+
+class Capture(Protocol):
+    """The arguments of a `Forward` -> the input [t, K] of each linear of `LINEARS`, by its name.
+
+    No linear after `last` is asked for: the layer need not be computed beyond the input of that.
+    """
+
+    def __call__(
+        self, weights: Weights, index: int, x: Tensor, /, last: str = ...
+    ) -> Mapping[str, Tensor]: ...
 
 
 class LayerInputs(Protocol):

@@ -92,7 +92,7 @@ class Layer:
     def forward(self, weights: Weights, item: int, x: Tensor) -> Tensor:
         return self._run(weights, x)[0]
 
-    def capture(self, weights: Weights, item: int, x: Tensor) -> dict[str, Tensor]:
+    def capture(self, weights: Weights, item: int, x: Tensor, last: str = "") -> dict[str, Tensor]:
         return self._run(weights, x)[1]
 
     def error(self, weights: Weights, changed: Weights, items: list[Tensor]) -> float:

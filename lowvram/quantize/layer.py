@@ -51,22 +51,36 @@ class LayerRunner:
             out: Tensor = functional_call(self._layer, held, (x[None], rope, cache, 0), strict=True)
         return out[0]
 
-    def capture(self, weights: Weights, index: int, x: Tensor) -> dict[str, Tensor]:
-        """The input [T, K] of every linear, by the linear's name in the layer."""
+    def capture(
+        self, weights: Weights, index: int, x: Tensor, last: str = "mlp.down_proj"
+    ) -> dict[str, Tensor]:
+        """The input [T, K] of every linear up to `last`, by the linear's name in the layer. What
+        comes after that is not computed."""
         seen: dict[str, Tensor] = {}
         linears = {n: m for n, m in self._layer.named_modules() if isinstance(m, nn.Linear)}
-        hooks = [m.register_forward_pre_hook(_note(seen, name)) for name, m in linears.items()]
+        notes = {name: _note(seen, name, last) for name in linears}
+        hooks = [m.register_forward_pre_hook(notes[name]) for name, m in linears.items()]
         try:
             self.forward(weights, index, x)
+        except _Enough:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
         return seen
 
 
-def _note(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+class _Enough(Exception):
+    """All that was wanted has been seen."""
+
+
+def _note(
+    seen: dict[str, Tensor], name: str, last: str
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen[name] = args[0][0]
+        if name == last:
+            raise _Enough
 
     return hook
 

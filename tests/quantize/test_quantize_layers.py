@@ -72,6 +72,12 @@ def test_the_inputs_of_every_linear_are_seen(source: Path, tmp_path: Path) -> No
     out = attended + seen["mlp.down_proj"] @ weights["mlp.down_proj.weight"].T
     assert torch.allclose(runner.forward(weights, 0, x), out, atol=1e-5)
     assert len(seen) == 7
+    weights["self_attn.o_proj.weight"] = torch.full((3, 3), torch.nan)  # not even looked at
+    early = runner.capture(weights, 0, x, "self_attn.o_proj")
+    assert list(early) == [f"self_attn.{name}_proj" for name in "qkvo"]
+    assert all(torch.equal(tensor, seen[name]) for name, tensor in early.items())
+    with pytest.raises(RuntimeError, match="shape"):
+        runner.capture(weights, 0, x, "mlp.gate_proj")
 
 
 def test_each_layer_is_fed_by_the_quantized_one_before(
