@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +38,26 @@ def test_what_a_7b_runs_fits_a_processor(capability: int, ahead: ModuleType) -> 
             assert ahead.programs(row) >= 2, row  # as many as the table wants
             # Every word of a group and its zero points: 128 bits at a time.
             assert row["wide_loads"] >= tuning.gemv(1, 3584, 128).unroll + 1, row
+
+
+def test_everything_is_launched_up_to_the_driver(tmp_path: Path) -> None:
+    """Arguments are bound and specialized, and kernels compiled once, as on a GPU."""
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "launched_triton.py"), "90"],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    compiled = Counter(run.stdout.split())
+    # Split and not; widths that are multiples of 16 words and not.
+    assert compiled == {
+        "four_bits": 2,
+        "four_bits_by_tiles": 2,
+        "to_16_bits": 2,
+        "add_parts": 1,
+        "eight_bits": 1,
+    }
 
 
 def test_a_kernel_that_spills_is_seen(ahead: ModuleType) -> None:
