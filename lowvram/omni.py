@@ -100,7 +100,7 @@ class LowVRAMOmni:
         self._loader = Loader(checkpoint.store, self._device, self._meter, self._parts())
         self._voices: dict[str, Voice] = {}
         self._constants = Constants()
-        self._running = False
+        self._running = self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -187,6 +187,8 @@ class LowVRAMOmni:
             CheckpointError: a file that turns out damaged when it is read.
             DoesNotFitError: no plan fits the budget; nothing was loaded.
         """
+        if self._closed:
+            raise UsageError("this model is closed; open it again with from_pretrained")
         if self._running:
             raise UsageError("a request is running; finish or close its stream first")
         started = time.perf_counter()
@@ -259,6 +261,7 @@ class LowVRAMOmni:
 
     def close(self) -> None:
         """Take everything off the device and close the checkpoint's files."""
+        self._closed = True
         self._loader.close()
         self._forget_constants()
         self.checkpoint.store.close()

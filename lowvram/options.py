@@ -113,9 +113,9 @@ def with_system(conversation: Conversation, system: str | None) -> Conversation:
 
     What is no list of messages is left as it is, for whoever reads it to say so.
     """
-    if system is None or not isinstance(conversation, list | tuple):
+    if system is None or not isinstance(conversation, list | tuple) or not conversation:
         return conversation
-    first = conversation[0] if conversation else None
+    first = conversation[0]
     if isinstance(first, Mapping) and first.get("role") == "system":
         return conversation
     return [{"role": "system", "content": system}, *conversation]

@@ -63,6 +63,7 @@ def test_numbers_of_every_kind_are_numbers() -> None:
         ("Hello", "the conversation is a str; wanted a list of messages"),
         ({"role": "user", "content": "Hello"}, "the conversation is a dict; wanted a list"),
         (None, "the conversation is missing; wanted a list"),
+        ([], "the conversation is empty; wanted at least one message"),
         (["Hello"], " is a str; wanted a dict with role and content"),
     ],
 )

@@ -236,6 +236,13 @@ def test_one_request_at_a_time(omni: LowVRAMOmni) -> None:
     assert omni.generate(WORDS, **SHORT).text
 
 
+def test_a_closed_model_says_so(omni: LowVRAMOmni) -> None:
+    with LowVRAMOmni.from_pretrained(omni.checkpoint.folder, device="cpu") as fresh:
+        pass
+    with pytest.raises(UsageError, match="closed; open it again"):
+        fresh.generate(WORDS, **SHORT)
+
+
 def test_the_packed_checkpoint_answers_like_its_unpacked_twin(tmp_path: Path) -> None:
     results = []
     for awq in (True, "dequantized"):
