@@ -15,7 +15,7 @@ from importlib import import_module
 
 from lowvram.cli.arguments import PROGRAM, parse
 from lowvram.cli.output import STDOUT, Console, fail, library_output, tell
-from lowvram.cli.process import fill_standard_streams, leave, termination
+from lowvram.cli.process import fill_standard_streams, ignore_interrupts, leave, termination
 from lowvram.errors import LowVRAMError
 
 INTERRUPTED = 130
@@ -25,12 +25,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
-    return command(
-        PROGRAM,
-        lambda: parse(sys.argv[1:] if argv is None else argv),
-        lambda args, console: _verb(args.verb)(args, console),
-    )
+    """Run one command line, that of the process by default, and return its exit code."""
+    return run_program(PROGRAM, argv, parse, lambda args, console: _verb(args.verb)(args, console))
+
+
+def run_program(
+    name: str,
+    argv: list[str] | None,
+    read: Callable[[list[str]], Namespace],
+    work: Callable[[Namespace, Console], int],
+) -> int:
+    """A whole program: without `argv` it is the process's own, which ends with it."""
+    if argv is not None:
+        return command(name, lambda: read(argv), work)
+    try:
+        return command(name, lambda: read(sys.argv[1:]), work)
+    finally:
+        ignore_interrupts()
 
 
 def command(

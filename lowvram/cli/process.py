@@ -43,6 +43,12 @@ def termination() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_interrupts() -> None:
+    """For the interpreter's own end, in which another Ctrl-C would stop nothing but that."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def fill_standard_streams() -> None:
     """A stream that the process was started without (`>&-`) becomes one that goes nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

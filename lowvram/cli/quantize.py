@@ -10,7 +10,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from lowvram.cli.arguments import Parser, version
-from lowvram.cli.main import command
+from lowvram.cli.main import run_program
 from lowvram.cli.output import Console, print_json
 from lowvram.cli.values import device_of, seed_of, size_of
 
@@ -21,9 +21,8 @@ PROGRAM = "quantize-checkpoint"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
-    line = sys.argv[1:] if argv is None else argv
-    return command(PROGRAM, lambda: build_parser().parse_args(line), _run)
+    """Run one command line, that of the process by default, and return its exit code."""
+    return run_program(PROGRAM, argv, lambda line: build_parser().parse_args(line), _run)
 
 
 def build_parser() -> Parser:

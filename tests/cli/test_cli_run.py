@@ -312,6 +312,21 @@ def test_termination_is_an_interruption(engine: Any, capsys: Any, number: signal
     assert signal.getsignal(number) is before
 
 
+def test_a_third_ctrl_c_does_not_disturb_the_end(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    engine.script = [KeyboardInterrupt()]
+    assert main(["-p", "hi"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(sys, "argv", ["lowvram-demo", "-p", "hi"])
+    try:
+        assert main() == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_that_is_ignored_stays_so(engine: Any) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
