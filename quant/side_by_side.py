@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .huge_pages import in_huge_pages
+
 ALIGNMENT = 512
 """Bytes at whose multiples tensors begin that stand in one piece of memory."""
 
@@ -19,7 +21,7 @@ def side_by_side(groups: Sequence[Sequence[Tensor]], axes: Iterable[int]) -> lis
     afterwards as well, in other places; none of what was given can be used then. An allocator that
     keeps what it gave would keep the places of single ones, in which no joined one fits.
     """
-    made = [torch.cat(list(group), dim=axis) for group, axis in zip(groups, axes, strict=True)]
+    made = [_joined(group, axis) for group, axis in zip(groups, axes, strict=True)]
     memory = _piece([tensor for group in groups for tensor in group])
     if memory is None:
         return made
@@ -29,6 +31,13 @@ def side_by_side(groups: Sequence[Sequence[Tensor]], axes: Iterable[int]) -> lis
         placed.append(view.copy_(tensor))
         at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return placed
+
+
+def _joined(group: Sequence[Tensor], axis: int) -> Tensor:
+    first = group[0]
+    shape = list(first.shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in group)
+    return torch.cat(list(group), dim=axis, out=in_huge_pages(first.new_empty(shape)))
 
 
 def _piece(tensors: Sequence[Tensor]) -> Tensor | None:

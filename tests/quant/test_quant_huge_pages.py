@@ -11,6 +11,7 @@ import torch
 from lowvram.quant import huge_pages
 from lowvram.quant.huge_pages import HUGE, in_huge_pages, inside
 from lowvram.quant.kernels import native
+from lowvram.quant.side_by_side import side_by_side
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,14 @@ def test_they_are_asked_for_on_the_host_alone(asked: list[tuple[int, int, int]])
 def test_what_the_compiled_kernels_read_is_in_them(asked: list[tuple[int, int, int]]) -> None:
     packed, _ = native.empty(4096, 4096, 128, torch.float16, torch.device("cpu"))
     assert [length for _, length, _ in asked] == [inside(packed.data_ptr(), packed.nbytes)[1]]
+
+
+def test_joined_weights_are_in_them(asked: list[tuple[int, int, int]]) -> None:
+    parts = [torch.full((rows, HUGE), rows, dtype=torch.uint8) for rows in (1, 3)]
+    (joined,) = side_by_side([parts], [0])
+    assert torch.equal(joined, torch.cat(parts))
+    ((start, length, _),) = asked
+    assert (start, length) == inside(joined.data_ptr(), joined.nbytes)
 
 
 def test_the_system_takes_it() -> None:
