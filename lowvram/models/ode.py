@@ -6,8 +6,6 @@ every device integrates over the same numbers and no device value steers the loo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,6 @@ from lowvram.settings import EVALUATIONS_PER_STEP, Solver
 
 SWAY = -1.0
 """Sway sampling (F5-TTS, arXiv 2410.06885): below 0 the grid is denser near the noise."""
-
-Field = Callable[[int, Tensor], Tensor]
-"""Velocity of a state at the time of this index in `field_times`."""
 
 EVERYTHING = slice(None)
 
@@ -104,11 +99,3 @@ class Flow:
         room = torch.empty_like(start)
         self._buffers = [torch.cat((state[passed:], start))]
         self._buffers += [torch.cat((slope[passed:], room)) for slope in slopes]
-
-
-def integrate(field: Field, start: Tensor, grid: Tensor, solver: Solver) -> Tensor:
-    """The state at the end of `grid`, of the shape of `start`."""
-    flow = Flow(start, grid, solver)
-    for evaluation in range(flow.evaluations):
-        flow.take(evaluation, field(flow.time(evaluation), flow.point(evaluation)))
-    return flow.state

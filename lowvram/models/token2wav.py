@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from lowvram.errors import CheckpointError
 from lowvram.models.bigvgan import BigVGAN
 from lowvram.models.constants import Constants
 from lowvram.models.dit import DiT, Speaker
-from lowvram.models.ode import field_times, integrate, time_grid
+from lowvram.models.ode import Flow, field_times, time_grid
 from lowvram.models.past import Past
 from lowvram.models.wavefront import Wavefront
 from lowvram.settings import EVALUATIONS_PER_STEP, Solver
@@ -129,16 +128,16 @@ class Token2Wav(nn.Module):
             past.frames if past else 0,
         )
         frames = None if final is None else final * self.repeats
-        calls = itertools.count()
-
-        def velocity(time: int, state: Tensor) -> Tensor:
-            neighbours = past.neighbours(next(calls), frames) if past else ()
-            return dit(state, utterance.modulation[time], condition, neighbours)
-
-        mel = integrate(velocity, noise.to(weight), utterance.grid, utterance.solver)
+        flow = Flow(noise.to(weight), utterance.grid, utterance.solver)
+        for evaluation in range(flow.evaluations):
+            neighbours = past.neighbours(evaluation, frames) if past else ()
+            modulation = utterance.modulation[flow.time(evaluation)]
+            velocity = dit(flow.point(evaluation), modulation, condition, neighbours)
+            flow.take(evaluation, velocity)
+            del velocity  # before the next is made
         if past:
             past.advance()
-        return mel[:frames]
+        return flow.state[:frames]
 
     def check_codes(self, codes: Sequence[int]) -> None:
         """Refuses codes outside the table on the host: on a device they would end the process.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lowvram import AudioChunk, Finished, LowVRAMOmni, Result, TextDelta, UsageError
+from lowvram.models.dit import Block
 from lowvram.planner.choices import Choices
 from lowvram.pocket import make_checkpoint
 
@@ -156,6 +157,26 @@ def test_what_waits_while_others_compute_is_counted(omni: LowVRAMOmni) -> None:
     # Noise of 36 codes, and vectors, are not.
     assert _alive() - sum(omni._meter.held().values()) - before < 2**15
     stream.close()
+
+
+def test_whoever_keeps_an_interruption_keeps_nothing_else(
+    omni: LowVRAMOmni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while a later piece goes through the DiT."""
+    omni.generate(WORDS, max_new_tokens=2, max_speech_seconds=0.1)
+    before = _alive()
+    forward, calls = Block.forward, []
+
+    def interrupted(*of: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return forward(*of)
+
+    monkeypatch.setattr(Block, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        omni.generate(WORDS, **LONG)
+    assert _alive() - before < 2**12 and kept.value is not None
 
 
 def _alive() -> int:
