@@ -116,12 +116,15 @@ class VocodeSettings:
                 break
         return front * dit.codes_per_block + max(1, self.ahead(dit))
 
-    def largest_pass(self, codes: int, dit: DiTConfig = PUBLISHED) -> tuple[int, int]:
-        """Mel frames of the longest pass of the DiT and of the vocoder, in speech up to `codes`."""
+    def largest_pass(
+        self, codes: int, dit: DiTConfig = PUBLISHED, *, ended: bool = True
+    ) -> tuple[int, int]:
+        """Mel frames of the longest pass of the DiT and of the vocoder, in speech up to `codes`;
+        or, where it has not `ended`, of those that come before its end."""
         # Speech of more blocks has no longer passes.
         steady = sum(self.blocks) + 2 * max(self.blocks) + self.behind(dit)
         steady += self.look_ahead + -(-self.right_frames // dit.block_size)
-        return _largest_pass(self, min(codes, steady * dit.codes_per_block), dit)
+        return _largest_pass(self, min(codes, steady * dit.codes_per_block), dit, ended)
 
 
 @dataclass(frozen=True)
@@ -219,23 +222,29 @@ class Schedule:
         return Pass("wave", start, min(made, keep_to + s.right_frames), done, keep_to)
 
 
-def passes(settings: VocodeSettings, codes: int, dit: DiTConfig = PUBLISHED) -> Iterator[Pass]:
-    """Every pass over speech of `codes` codes, in the order in which they run."""
+def passes(
+    settings: VocodeSettings, codes: int, dit: DiTConfig = PUBLISHED, *, ended: bool = True
+) -> Iterator[Pass]:
+    """Every pass over speech of `codes` codes, in the order in which they run; without those that
+    wait for its end where it has not `ended`."""
     schedule = Schedule(settings, dit)
     schedule.add(codes)
-    schedule.finish()
+    if ended:
+        schedule.finish()
     while step := schedule.next():
         schedule.done(step)
         yield step
 
 
 @functools.lru_cache(maxsize=256)
-def _largest_pass(settings: VocodeSettings, codes: int, dit: DiTConfig) -> tuple[int, int]:
+def _largest_pass(
+    settings: VocodeSettings, codes: int, dit: DiTConfig, ended: bool
+) -> tuple[int, int]:
     """By the speech that ends with a block, or one code before, and the longest."""
-    ends = range(dit.codes_per_block, codes + 1, dit.codes_per_block)
+    ends = range(dit.codes_per_block, codes + 1, dit.codes_per_block) if ended else ()
     mel = wave = 0
     for count in {codes, *ends, *(end - 1 for end in ends)}:
-        for step in passes(settings, count, dit):
+        for step in passes(settings, count, dit, ended=ended):
             if step.stage == "wave":
                 wave = max(wave, step.length)
             else:

@@ -94,10 +94,10 @@ class Choices:
     @cached_property
     def joined(self) -> PartOptions:
         """The Talker with the vocoder."""
-        vocode = self.vocode
-        assert vocode is not None
+        end, sound = self.vocode, self.request.vocode(ended=False)
+        assert end is not None
         return PartOptions(
-            self.request, "talker", self.rates, self.source, lambda talk: talk.joined(vocode)
+            self.request, "talker", self.rates, self.source, lambda talk: talk.aloud(sound, end)
         )
 
     @cached_property

@@ -67,6 +67,17 @@ class PhaseLoad:
             loading=max(self.loading + other.kept, other.loading + self.kv),
         )
 
+    def aloud(self, sound: PhaseLoad, end: PhaseLoad) -> PhaseLoad:
+        """The Talker with the `sound` of its codes in turn, and then the `end` of the speech, which
+        is made when its keys and values are gone."""
+        both = self.joined(sound)
+        after = end.activations - self.kv
+        return replace(
+            both,
+            activations=max(both.activations, after),
+            steps=max(both.steps or 0, after),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
@@ -237,17 +248,20 @@ class Request:
     def talk_aloud(self) -> PhaseLoad:
         """Codes, and sound from them, while the Thinker writes: as many codes as it has tokens."""
         said = min(self.settings.codes, self.settings.tokens)
-        return self.talk("device", laws.CHUNKS[0], False).joined(self.vocode(said))
+        talk = self.talk("device", laws.CHUNKS[0], False)
+        return talk.aloud(self.vocode(said, ended=False), self.vocode(said))
 
     def think_aloud(self, decode: PhaseLoad) -> PhaseLoad:
         """Decoding with speech beside it; speech goes on when that has given back what it took."""
         both = decode.joined(self.talk_aloud())
-        alone = self.talk("device", laws.CHUNKS[0], False).joined(self.vocode())
+        talk = self.talk("device", laws.CHUNKS[0], False)
+        alone = talk.aloud(self.vocode(ended=False), self.vocode())
         after = alone.activations - decode.kv - decode.workspace
         return replace(both, activations=max(both.activations, after))
 
-    def vocode(self, codes: int | None = None) -> PhaseLoad:
-        """Sound from `codes` codes, of as many as there may be."""
+    def vocode(self, codes: int | None = None, *, ended: bool = True) -> PhaseLoad:
+        """Sound from `codes` codes, of as many as there may be; where the speech has not `ended`,
+        what is made before it does."""
         config = self.model.config
         codes = self.settings.codes if codes is None else codes
         assert config.dit is not None and config.bigvgan is not None
@@ -261,6 +275,7 @@ class Request:
             self.kernels,
             itemsize=self.dit_itemsize,
             modulated=modulated,
+            ended=ended,
         )
         kept = vocode_kept_bytes(
             config.dit,

@@ -23,12 +23,14 @@ def vocode_bytes(
     *,
     itemsize: int = FLOAT,
     modulated: bool = False,
+    ended: bool = True,
 ) -> int:
     """Speech of `codes` codes, piece by piece, in a voice with a reference of that many frames.
 
-    `itemsize` is that of the DiT's layers. Where `modulated`, the modulations count elsewhere.
+    `itemsize` is that of the DiT's layers. Where `modulated`, the modulations count elsewhere. What
+    is made when the speech has `ended` can be left out.
     """
-    window, frames = settings.largest_pass(codes, dit)
+    window, frames = settings.largest_pass(codes, dit, ended=ended)
     times = _times(settings)
     kept = 0 if modulated else _modulation_bytes(dit, settings)
     mel = vocode_kept_bytes(dit, settings, codes, itemsize=itemsize, modulated=True)
@@ -36,15 +38,14 @@ def vocode_bytes(
     if settings.exact:
         # With the block that waited.
         window = min(known, window + dit.block_size)
-    # What was made before is still there while it is joined to what is new.
-    mel += window * dit.mel_dim * FLOAT
+    # What was made before counts until the piece that it is joined to is handed on.
+    mel += (window + frames) * dit.mel_dim * FLOAT
     flow = (3 if settings.solver == "euler" else 7) * window * dit.mel_dim * FLOAT
-    moments = (
-        # A row of one layer at a time, and the weight that makes it.
-        (3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT,
-        mel + _dit_bytes(dit, window, known, kernels, itemsize) + flow,
-        mel + _bigvgan_bytes(bigvgan, frames),
-    )
+    # A row of one layer at a time, and the weight that makes it.
+    moments = [(3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT]
+    if window:
+        moments.append(mel + _dit_bytes(dit, window, known, kernels, itemsize) + flow)
+        moments.append(mel + _bigvgan_bytes(bigvgan, frames))
     return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + 2 * SMALL
 
 

@@ -140,6 +140,22 @@ def test_the_largest_pass_is_reached(s: VocodeSettings, codes: int) -> None:
     assert s.largest_pass(codes) == (2 * mel, wave)
 
 
+@settings(deadline=None)
+@given(settings_strategy, st.integers(1, 300))
+def test_the_largest_pass_before_speech_ends(s: VocodeSettings, codes: int) -> None:
+    schedule, mel, wave = Schedule(s), 0, 0
+    for _ in range(codes):
+        schedule.add(1)
+        while step := schedule.next():
+            schedule.done(step)
+            length = 12 * step.blocks if s.exact else step.length
+            mel = max(mel, length * 2 * (step.stage == "mel"))
+            wave = max(wave, step.length * (step.stage == "wave"))
+    found = s.largest_pass(codes, ended=False)
+    assert found == (mel, wave)
+    assert found[0] <= s.largest_pass(codes)[0] and found[1] <= s.largest_pass(codes)[1]
+
+
 def test_passes_of_long_speech_are_as_long_as_those_of_short() -> None:
     assert (
         VocodeSettings().largest_pass(180_000) == VocodeSettings().largest_pass(300) == (216, 232)
