@@ -165,7 +165,7 @@ class Choices:
                 resident = frozenset(kept)
                 if not self._towers_fit(room, resident):
                     continue
-                if self._can_interleave and self.request.settings.tokens > self.request.first_codes:
+                if self._can_interleave and self._sounds_early:
                     think = self._thinking_aloud(room, resident, limits)
                     if think is not None:
                         yield self._choice(resident, "together", think, self._whole_talker)
@@ -179,6 +179,12 @@ class Choices:
                     talk = self._talking(room, resident, order, chunks)
                     if talk is not None:
                         yield self._choice(resident, order, think, talk)
+
+    @property
+    def _sounds_early(self) -> bool:
+        """Whether anything may be heard before the text is complete. No state follows its last
+        token, and a code may be known only when the next one is drawn."""
+        return self.request.settings.tokens - 2 >= self.request.first_codes
 
     @property
     def _can_interleave(self) -> bool:
