@@ -92,9 +92,16 @@ def check_held(plan: Plan, phases: Sequence[PhaseMeasure]) -> None:
     for phase in phases:
         predicted = plan.phase(phase.name).predicted_peak_bytes
         assert phase.peak_bytes <= predicted, f"{phase.name}: too little"
-        assert predicted <= PHASE * phase.peak_bytes + LEFT_OUT, (
+        assert predicted <= PHASE * phase.peak_bytes + spare(plan, phase), (
             phase.name,
             "is predicted loosely",
         )
-    most = max(phase.peak_bytes for phase in phases)
-    assert plan.predicted_peak_bytes <= WHOLE * most + LEFT_OUT
+    most = max(phases, key=lambda phase: phase.peak_bytes + spare(plan, phase))
+    assert plan.predicted_peak_bytes <= WHOLE * most.peak_bytes + spare(plan, most)
+
+
+def spare(plan: Plan, phase: PhaseMeasure) -> int:
+    """What the ratios do not count. Packed weights are widened into scratch for several rows only:
+    a prompt of one token takes none, and nothing else after it."""
+    unused = "workspace" not in phase.peak_by_owner and plan.prompt_tokens <= 8
+    return LEFT_OUT + (plan.phase(phase.name).parts["workspace"] if unused else 0)
