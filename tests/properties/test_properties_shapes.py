@@ -101,7 +101,8 @@ def check_held(plan: Plan, phases: Sequence[PhaseMeasure]) -> None:
 
 
 def spare(plan: Plan, phase: PhaseMeasure) -> int:
-    """What the ratios do not count. Packed weights are widened into scratch for several rows only:
-    a prompt of one token takes none, and nothing else after it."""
+    """What the ratios do not count. In a row where Thinker, Talker and vocoder take turns the plan
+    has the Thinker's scratch, and the replay held none at its peak: which of them is wrong is not
+    known. Seen after a prompt of one token; longer prompts are held to the whole ratio."""
     unused = "workspace" not in phase.peak_by_owner and plan.prompt_tokens <= 8
     return LEFT_OUT + (plan.phase(phase.name).parts["workspace"] if unused else 0)
