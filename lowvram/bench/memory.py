@@ -151,7 +151,7 @@ def run_plan(
     checkpoint = ShapeCheckpoint(model.name, model.config, reply_tokens(plan))
     dtype = getattr(torch, plan.dtype)
     speech = settings.speech
-    replay = Replay(meter, (DiT,))
+    replay = Replay(meter, (DiT,), scratch)
     parts = [
         replace(part, build=replay.building(part.build))
         for part in build_parts(checkpoint, dtype, speech=speech, kernel="auto", scratch=scratch)

@@ -16,18 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from lowvram.offload import Meter, open_device
+from lowvram.quant import Scratch
 
 RUNS = 2
-"""Calls of a kind that are run in each phase. The least that one of them takes counts: others may
-also make what is left to be used again (the place of de-quantized weights), which is there then."""
+"""Calls of a kind that are run in each phase. The least that one of them takes counts: the first
+may also make the scratch, which the others find."""
+
+_META = torch.device("meta")
 
 
 @dataclass
 class _Call:
-    """One kind of call: how often it was run, what it takes, and how to make its result."""
+    """One kind of call: how often it was run, what it takes for itself and of the scratch, and how
+    to make its result."""
 
     runs: int = 0
     peak: int = 0
+    scratch: int = 0
     result: Callable[[Sequence[Any]], Tensor] | None = None
 
 
@@ -36,11 +41,18 @@ class Replay:
     `kinds`.
 
     Calls are of one kind if they are made in the same phase of `meter`, of modules of one class
-    with the same numbers and the same parameters' shapes, with tensors of the same shapes.
+    with the same numbers and the same parameters' shapes, with tensors of the same shapes. The
+    `scratch` of the modules is given back when a phase is left, and is taken again here by a call
+    that is not run.
     """
 
-    def __init__(self, meter: Meter, kinds: tuple[type[nn.Module], ...] = ()) -> None:
-        self._meter, self._kinds = meter, kinds
+    def __init__(
+        self,
+        meter: Meter,
+        kinds: tuple[type[nn.Module], ...] = (),
+        scratch: Scratch | None = None,
+    ) -> None:
+        self._meter, self._kinds, self._scratch = meter, kinds, scratch or Scratch()
         self._calls: dict[Hashable, _Call] = {}
 
     def building(self, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -66,9 +78,15 @@ class Replay:
         def call(*args: Any) -> Any:
             key = (len(self._meter.phases), kind, _shapes(args))
             call = self._calls.setdefault(key, _Call())
+            if call.scratch:
+                self._scratch.take(_META, ((call.scratch,), torch.uint8))
             if call.result is None or call.runs < RUNS:
-                return _run(call, forward, args)
-            torch.empty(call.peak, dtype=torch.uint8, device="meta")
+                before = self._scratch.nbytes
+                result = _run(call, forward, args)
+                if (after := self._scratch.nbytes) > before:
+                    call.scratch = after
+                return result
+            torch.empty(call.peak, dtype=torch.uint8, device=_META)
             return call.result(args)
 
         return call
@@ -92,7 +110,7 @@ def _again(out: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor] |
     shape, dtype = out.shape, out.dtype
     own = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and _shared(arg, out)]
     if not own:
-        return lambda given: torch.empty(shape, dtype=dtype, device="meta")
+        return lambda given: torch.empty(shape, dtype=dtype, device=_META)
     return itemgetter(own[0]) if args[own[0]].shape == shape else None
 
 

@@ -216,6 +216,8 @@ class TalkLoop:
                 own = slice(max(start, last) - last, stop - last)
                 codec = talker.embed(marks[:, own].to(context.device.torch))
                 parts.append(context.to_device(tail[None, own]) + codec)
-            return talker.project(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+            x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            parts.clear()  # the projection is made beside the row alone
+            return talker.project(x)
 
         return feed

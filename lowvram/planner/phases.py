@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lowvram.config import DecoderConfig
 from lowvram.conversation import PromptShape
@@ -51,18 +51,26 @@ class PhaseLoad:
     def joined(self, other: PhaseLoad) -> PhaseLoad:
         """This one, and once it has begun both in turn: what each keeps adds up; of what they hold
         in turn, the larger. Each's modules come when the other's cache, or what it keeps, may be
-        there."""
+        there. The workspace is that of the fullest turn, and activations count from there."""
         own = self.activations if self.steps is None else self.steps
         others = other.activations if other.steps is None else other.steps
-        steps = max(own + other.kept, self.kept + others)
+        steps = (
+            _Turn(self.workspace, own + other.kept),
+            _Turn(other.workspace, self.kept + others),
+        )
+        begins = (
+            _Turn(self.workspace, self.activations),
+            _Turn(other.workspace, self.kept + other.activations),
+        )
+        workspace = max(*steps, *begins, key=sum).workspace
         return PhaseLoad(
             name=f"{self.name}+{other.name}",
             modules=self.modules + other.modules,
             kv=self.kv + other.kv,
-            workspace=max(self.workspace, other.workspace),
+            workspace=workspace,
             carry=max(self.carry, other.carry),
-            activations=max(self.activations, self.kept + other.activations, steps),
-            steps=steps,
+            activations=max(map(sum, (*steps, *begins))) - workspace,
+            steps=max(map(sum, steps)) - workspace,
             kept=self.kept + other.kept,
             loading=max(self.loading + other.kept, other.loading + self.kv),
         )
@@ -70,13 +78,24 @@ class PhaseLoad:
     def aloud(self, sound: PhaseLoad, end: PhaseLoad) -> PhaseLoad:
         """The Talker with the `sound` of its codes in turn, and then the `end` of the speech, which
         is made when its keys and values are gone."""
-        both = self.joined(sound)
-        after = end.activations - self.kv
+        return self.joined(sound).followed(end, gone=self.kv)
+
+    def followed(self, end: PhaseLoad, *, gone: int) -> PhaseLoad:
+        """With what comes when `gone` bytes of this one are no longer there."""
+        after = end.workspace + end.activations - gone - self.workspace
         return replace(
-            both,
-            activations=max(both.activations, after),
-            steps=max(both.steps or 0, after),
+            self,
+            activations=max(self.activations, after),
+            steps=max(self.activations if self.steps is None else self.steps, after),
         )
+
+
+class _Turn(NamedTuple):
+    """One of the phases that take turns: its scratch, which it gives back, and all activations
+    that are there meanwhile."""
+
+    workspace: int
+    activations: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -220,16 +239,19 @@ class Request:
         if by_layers and self.host_is_device:
             work = max(work, laws.tables_bytes(config.decoder, tokens, size))
         step = laws.talk_step_bytes(config, tokens, size, self.kernels, by_layers=by_layers)
-        waiting = laws.waiting_bytes(config.decoder, self.kernels)
+        kept = laws.waiting_bytes(config.decoder, self.kernels)
+        kept += laws.talk_kept_bytes(config, size)
+        # What streams is also read ahead, while others have their turn.
+        reading = self.reading("talker") if streams else 0
         return PhaseLoad(
             name="talk",
             modules=("talker",),
             kv=self._kv_bytes("talker", kv),
-            workspace=self.reading("talker") if streams else self.sizes["talker"].scratch,
+            workspace=reading if streams else self.sizes["talker"].scratch,
             carry=carry,
             activations=work,
             steps=step,
-            kept=waiting + laws.talk_kept_bytes(config, size),
+            kept=kept + reading,
             loading=max(self.sizes["talker"].loading, self.reading("talker")),
         )
 
@@ -256,8 +278,7 @@ class Request:
         both = decode.joined(self.talk_aloud())
         talk = self.talk("device", laws.CHUNKS[0], False)
         alone = talk.aloud(self.vocode(ended=False), self.vocode())
-        after = alone.activations - decode.kv - decode.workspace
-        return replace(both, activations=max(both.activations, after))
+        return both.followed(alone, gone=decode.kv)
 
     def vocode(self, codes: int | None = None, *, ended: bool = True) -> PhaseLoad:
         """Sound from `codes` codes, of as many as there may be; where the speech has not `ended`,
@@ -284,12 +305,14 @@ class Request:
             itemsize=self.dit_itemsize,
             modulated=modulated,
         )
+        # Half of what its convolutions take on a CPU is kept for the next.
+        native = native_bytes(config.bigvgan) if self.host_is_device else 0
         return PhaseLoad(
             name="vocode",
             modules=("token2wav",),
-            workspace=native_bytes(config.bigvgan) if self.host_is_device else 0,
+            workspace=native,
             activations=work,
-            kept=kept,
+            kept=kept + native // 2,
             loading=self.reading("token2wav"),
         )
 

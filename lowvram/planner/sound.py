@@ -44,7 +44,8 @@ def vocode_bytes(
     # A row of one layer at a time, and the weight that makes it.
     moments = [(3 * times + 2 * dit.hidden_size) * dit.hidden_size * FLOAT]
     if window:
-        moments.append(mel + _dit_bytes(dit, window, known, kernels, itemsize) + flow)
+        past = _in_pieces(dit, settings, codes)
+        moments.append(mel + _dit_bytes(dit, window, known, kernels, itemsize, past) + flow)
         moments.append(mel + _bigvgan_bytes(bigvgan, frames))
     return max(_voice_bytes(dit, voice_frames), kept + max(moments)) + 2 * SMALL
 
@@ -59,8 +60,7 @@ def vocode_kept_bytes(
 ) -> int:
     """What is there between two pieces of speech of `codes` codes."""
     window, frames = settings.largest_pass(codes, dit)
-    first = settings.piece_blocks(0) * dit.codes_per_block + max(1, settings.ahead(dit))
-    pieces = settings.exact or codes >= first
+    pieces = _in_pieces(dit, settings, codes)
     past = _past_bytes(dit, settings.evaluations, itemsize) if pieces else 0
     mel = (window + frames) * dit.mel_dim * FLOAT
     if settings.exact:
@@ -68,6 +68,12 @@ def vocode_kept_bytes(
         states = EVALUATIONS_PER_STEP[settings.solver] * _known_frames(dit, settings, codes)
         mel += states * dit.mel_dim * FLOAT
     return (0 if modulated else _modulation_bytes(dit, settings)) + past + mel
+
+
+def _in_pieces(config: DiTConfig, settings: VocodeSettings, codes: int) -> bool:
+    """Whether speech of that many codes has a piece that follows another."""
+    first = settings.piece_blocks(0) * config.codes_per_block + max(1, settings.ahead(config))
+    return settings.exact or codes >= first
 
 
 def _known_frames(config: DiTConfig, settings: VocodeSettings, codes: int) -> int:
@@ -111,9 +117,11 @@ def _voice_bytes(config: DiTConfig, frames: int) -> int:
     return 2 * frames * values * FLOAT + 12 * last * FLOAT
 
 
-def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels, itemsize: int) -> int:
+def _dit_bytes(
+    config: DiTConfig, frames: int, known: int, kernels: Kernels, itemsize: int, past: bool
+) -> int:
     """One velocity evaluation (both guidance branches) over `frames` of the `known` mel
-    frames that the codes are embedded for."""
+    frames that the codes are embedded for; after a `past`, if there is one."""
     width = config.hidden_size
     heads, dim = config.num_attention_heads, config.head_dim
     inner, attended = config.ff_mult * width, heads * dim
@@ -130,7 +138,15 @@ def _dit_bytes(config: DiTConfig, frames: int, known: int, kernels: Kernels, ite
         rows = 2 * blocks * heads
         return kernels.attention_bytes(block, keys, rows, rows, dim, itemsize) // itemsize
 
+    # The layers that look back join the past's block to their keys and values, so that every whole
+    # block sees as many. Queries of a part of the row are copies.
+    joined = 4 * (frames + block) * attended
+    looking = 2 * (4 + bool(frames % block)) * whole * block * attended if whole > 1 else 0
+    looking += 2 * frames * attended + output(max(1, whole), 2 * block)
+    behind = joined + max(4 * frames * attended, looking)
+
     layer = max(
+        2 * frames * 2 * width + (behind if past and config.look_backward_layers else 0),
         2 * frames * (2 * width + 3 * attended)
         + max(
             2 * windows + output(max(1, later // block), seen * block),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowvram.bench.memory_replay import RUNS, Replay
+from lowvram.engine.scratch import metered_scratch
 from lowvram.offload import Meter, open_device
+from lowvram.quant import Scratch
 
 
 class Layer(nn.Module):
@@ -69,6 +71,48 @@ def test_peaks_are_those_of_a_full_run(in_place: bool) -> None:
     assert again == full
     assert ran == 3 * 5 * 4
     assert reran == 3 * RUNS  # three kinds of call: two shapes, two lists of windows
+
+
+class Unpacking(nn.Module):
+    """Takes its place in a scratch that is shared."""
+
+    def __init__(self, scratch: Scratch, nbytes: int) -> None:
+        super().__init__()
+        self.__dict__["scratch"], self.nbytes = scratch, nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scratch.take(x.device, ((self.nbytes,), torch.uint8))  # type: ignore[operator]
+        wide = x.repeat(3, 1)
+        return wide[: len(x)] * 2
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_scratch_is_taken_again_in_every_entry_of_a_phase(layers: int) -> None:
+    def peak(replayed: bool) -> dict[str, int]:
+        meter = Meter(open_device("meta"))
+        scratch = metered_scratch(meter)
+
+        def build() -> nn.Module:
+            net = nn.Module()
+            sizes = [*[4096] * layers, 6400]
+            net.layers = nn.ModuleList(Unpacking(scratch, size) for size in sizes)
+            return net
+
+        net = Replay(meter, scratch=scratch).building(build)() if replayed else build()
+        kept = []
+        for _ in range(4):
+            with meter.phase("turns"):
+                x = torch.empty(10, 8, device="meta")
+                for layer in net.layers:  # type: ignore[union-attr]
+                    x = layer(x)
+                scratch.free()
+            with meter.phase("turns"):
+                kept.append(torch.empty(100, device="meta"))
+                meter.hold("kv", str(len(kept)), kept[-1].nbytes, [kept[-1]])
+        return meter.phases[0].peak_by_owner
+
+    assert peak(True) == peak(False)
+    assert peak(False)["workspace"] == 6400
 
 
 def test_what_gives_no_tensor_is_always_run() -> None:

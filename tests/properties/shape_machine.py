@@ -28,13 +28,14 @@ HOST_FREE = 64 << 30
 class Machine:
     """One model on `meta`; what a plan lets stay stays for the next request."""
 
-    def __init__(self, model: ModelFacts) -> None:
+    def __init__(self, model: ModelFacts, *, replays: bool = True) -> None:
+        """Where it `replays`, layers that do the same again only take the memory that they took."""
         self.model = model
         self._dtype = resolve_dtype("auto", model.stored_dtype, META, packed=bool(model.packed))
         self._device = open_device("meta")
         self._meter = Meter(self._device)
         self._scratch = metered_scratch(self._meter)
-        self._replay = Replay(self._meter, (DiT,))
+        self._replay = Replay(self._meter, (DiT,), self._scratch)
         parts = build_parts(
             ShapeCheckpoint(model.name, model.config),
             getattr(torch, self._dtype.name),
@@ -42,8 +43,9 @@ class Machine:
             kernel="auto",
             scratch=self._scratch,
         )
-        watched = [replace(part, build=self._replay.building(part.build)) for part in parts]
-        self._loader = Loader(None, self._device, self._meter, watched)
+        if replays:
+            parts = [replace(part, build=self._replay.building(part.build)) for part in parts]
+        self._loader = Loader(None, self._device, self._meter, parts)
 
     @property
     def resident(self) -> Sequence[str]:
