@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .joined import apply_all, apply_gated, apply_joined, join
     from .kernels import Kernel, Problem, select
     from .linear import QuantLinear
+    from .native_layer import NativeLayer
     from .packing import GROUPS, Packed, dequantize, pack, quantize, unpack
     from .phase import current_phase, kernel_phase
+    from .plain import PlainLinear
     from .published import quantization_config
     from .rounded import RoundedLinear
     from .scratch import Scratch
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         head_bytes,
         linear_bytes,
         loading_bytes,
+        native_layers,
         preferred_kernel,
         rounded_bytes,
         rounding_bytes,
@@ -61,7 +64,9 @@ __all__ = [
     "LayerInputs",
     "LayerResult",
     "LinearReport",
+    "NativeLayer",
     "Packed",
+    "PlainLinear",
     "Problem",
     "QuantLinear",
     "RoundedHead",
@@ -82,6 +87,7 @@ __all__ = [
     "kernel_phase",
     "linear_bytes",
     "loading_bytes",
+    "native_layers",
     "pack",
     "preferred_kernel",
     "quantization_config",
@@ -100,8 +106,10 @@ _HOME = {
     "kernels": ("Kernel", "Problem", "select"),
     "joined": ("apply_all", "apply_gated", "apply_joined", "join"),
     "linear": ("QuantLinear",),
+    "native_layer": ("NativeLayer",),
     "packing": ("GROUPS", "Packed", "dequantize", "pack", "quantize", "unpack"),
     "phase": ("current_phase", "kernel_phase"),
+    "plain": ("PlainLinear",),
     "published": ("quantization_config",),
     "rounded": ("RoundedLinear",),
     "search_layer": (
@@ -126,6 +134,7 @@ _HOME = {
         "eight_bit_scratch_bytes",
         "linear_bytes",
         "loading_bytes",
+        "native_layers",
         "preferred_kernel",
         "rounded_bytes",
         "rounding_bytes",

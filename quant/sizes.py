@@ -76,6 +76,19 @@ def preferred_kernel(
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
 
 
+def native_layers(device: str, dtype: str, width: int, inner: int) -> KernelChoice | None:
+    """What computes a decoder layer of one token, `width` wide and its MLP `inner`, on a type of
+    device: all at once, or why it goes operation by operation; None where that is no question.
+    Nothing is built to find out."""
+    if device != "cpu" or dtype != "bfloat16":
+        return None
+    refused = not_offered(width * inner)
+    if refused is None:
+        return KernelChoice("native", "a token goes through a layer in one compiled call")
+    reason = f"a token goes through a layer operation by operation: {refused}"
+    return KernelChoice("cpu", reason)
+
+
 def _on_npu(dtype: str) -> KernelChoice:
     if dtype not in ("bfloat16", "float16"):
         return KernelChoice("reference", f"Ascend's 4-bit product is in 16 bits, not in {dtype}")

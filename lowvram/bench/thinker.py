@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowvram.config import ThinkerConfig
 from lowvram.models import KVCache, ThinkerText
-from lowvram.quant import HeadBits, QuantLinear, RoundedHead, Scratch, kernel_phase
+from lowvram.quant import HeadBits, PlainLinear, QuantLinear, RoundedHead, Scratch, kernel_phase
 
 SPREAD = 0.02
 """Standard deviation that random weights imitate; only their bytes matter to the clock."""
@@ -21,7 +21,7 @@ class PackedThinker:
 
         def linear(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
             if name.endswith("lm_head"):
-                return nn.Linear(inputs, outputs, bias=bias)
+                return PlainLinear(inputs, outputs, bias=bias)
             return QuantLinear(
                 inputs,
                 outputs,

@@ -19,6 +19,7 @@ from lowvram.engine.passes import DecoderPasses, Feed
 from lowvram.engine.sampling import Sampler
 from lowvram.models.kv_cache import KVCache
 from lowvram.models.talker import Talker
+from lowvram.quant import kernel_phase
 from lowvram.settings import SamplingSettings
 
 PART = "talker"
@@ -137,7 +138,7 @@ class TalkLoop:
         if not self.ended:
             assert self._inputs is not None and self._code is not None
             talker, inputs, text = self._talker, self._inputs, self._text(reply)
-            with self._context.phase("talk", stepwise=True):
+            with self._context.phase("talk", stepwise=True), kernel_phase("decode"):
                 self._send(inputs, text)
                 x = talker.project(talker.embed(self._code[None]) + inputs.there["text"])
                 self._draw(talker.logits(self._passes.step(x, self._next_position)), inputs)

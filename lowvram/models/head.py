@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowvram.models.head_rows import head_piece_rows
+from lowvram.quant import PlainLinear
 
 
-class HeadPiece(nn.Module):
+class HeadPiece(PlainLinear):
     """`x @ weight[start:stop].T`. `stored_rows` tells the loader which rows of which tensor (by
     its name within the part) make up `weight` [stop - start, in_features]."""
 
     def __init__(self, in_features: int, stored: str, start: int, stop: int) -> None:
-        super().__init__()
+        super().__init__(in_features, stop - start, bias=False)
         self.stored_rows = (stored, start, stop)
-        self.weight = nn.Parameter(torch.empty(stop - start, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 class PiecewiseHead(nn.Module):

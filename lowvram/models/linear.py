@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lowvram.quant import PlainLinear
+
 LinearFactory = Callable[[str, int, int, bool], nn.Module]
 """(checkpoint name of the linear, in_features, out_features, bias) -> the module."""
 
 
 def dense(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
-    """The factory for 16- and 32-bit weights: an `nn.Linear`, whatever the name."""
-    return nn.Linear(in_features, out_features, bias=bias)
+    """The factory for 16- and 32-bit weights, whatever the name."""
+    return PlainLinear(in_features, out_features, bias=bias)

@@ -10,6 +10,7 @@ from lowvram.models.kv_cache import KVCache
 from lowvram.models.linear import LinearFactory, dense
 from lowvram.models.rope import Rope
 from lowvram.models.text import Decoder
+from lowvram.quant import PlainLinear
 
 
 class TalkerDecoder(Decoder):
@@ -27,9 +28,9 @@ class Talker(nn.Module):
     def __init__(self, config: TalkerConfig, linear: LinearFactory = dense) -> None:
         super().__init__()
         decoder = config.decoder
-        self.thinker_to_talker_proj = nn.Linear(config.embedding_size, decoder.hidden_size)
+        self.thinker_to_talker_proj = PlainLinear(config.embedding_size, decoder.hidden_size)
         self.model = TalkerDecoder(config, linear)
-        self.codec_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        self.codec_head = PlainLinear(decoder.hidden_size, decoder.vocab_size, bias=False)
 
     def embed(self, codes: Tensor) -> Tensor:
         """int64 [B, T] codec tokens -> [B, T, embedding_size], as wide as the Thinker's states."""

@@ -11,7 +11,7 @@ from lowvram.models.kv_cache import KVCache
 from lowvram.models.layers import GatedMLP, RMSNorm
 from lowvram.models.linear import LinearFactory
 from lowvram.models.rope import Rope, mrope, rotate
-from lowvram.quant import apply_joined, join
+from lowvram.quant import NativeLayer, apply_joined, current_phase, join
 
 
 class SelfAttention(nn.Module):
@@ -65,14 +65,65 @@ class DecoderLayer(nn.Module):
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._shape = config.hidden_size, config.intermediate_size, config.head_dim
+        self._heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._offered: bool | None = None
+        self.as_built()
+
+    def as_built(self) -> None:
+        """Weights come and go: what was made of their addresses is void."""
+        self._native: NativeLayer | None = None
+        self._stays = False
+
+    def after_load(self) -> None:
+        """These weights stay where they are. What is to be compiled is compiled now, not while
+        somebody waits for a token."""
+        weight = self.input_layernorm.weight
+        self._stays = True
+        if weight.is_cpu and weight.dtype == torch.bfloat16:
+            self._is_offered()
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache, start: int) -> Tensor:
         """[B, T, H] -> [B, T, H]; tokens `start` to `start + T` are written to the cache."""
+        native = self._in_one_call(x, cache)
+        if native is not None:
+            return native(x, rope, *cache.layer(self.index), start)
         # The sums go into the fresh outputs of the linears; `x` belongs to the caller.
         attended: Tensor = self.self_attn(self.input_layernorm(x), rope, cache, self.index, start)
         x = attended.add_(x)
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
         return out.add_(x)
+
+    def _in_one_call(self, x: Tensor, cache: KVCache) -> NativeLayer | None:
+        """What computes a token's step, where the compiled kernels do all of it. A cache that keeps
+        keys and values in another form reads and writes them itself."""
+        if not (x.is_cpu and x.dtype == torch.bfloat16 and x.shape[:2] == (1, 1)):
+            return None
+        if current_phase() != "decode" or type(cache) is not KVCache or cache.bias is not None:
+            return None
+        if not self._is_offered():
+            return None
+        if self._native is not None:
+            return self._native
+        norms = self.input_layernorm, self.post_attention_layernorm
+        attention, mlp = self.self_attn, self.mlp
+        made = NativeLayer.of(
+            project=(attention.q_proj, attention.k_proj, attention.v_proj),
+            mix=attention.o_proj,
+            open=(mlp.gate_proj, mlp.up_proj),
+            close=mlp.down_proj,
+            norms=(norms[0].weight, norms[1].weight),
+            epsilon=norms[0].eps,
+            heads=self._heads,
+        )
+        # What streams is somewhere else the next time.
+        self._native = made if self._stays else None
+        return made
+
+    def _is_offered(self) -> bool:
+        if self._offered is None:
+            self._offered = NativeLayer.offered(*self._shape)
+        return self._offered
 
 
 class Decoder(nn.Module):

@@ -14,6 +14,7 @@ from lowvram.planner.plan import PhasePlan
 from lowvram.planner.question import Question
 from lowvram.planner.seconds import Rates
 from lowvram.planner.work import expected_codes, expected_tokens
+from lowvram.quant import native_layers
 from lowvram.tensors import Part
 
 
@@ -45,7 +46,22 @@ def reasons(
     if question.model.packed:
         packed = question.packed_kernel
         lines.append(f"packed linears, {packed.name}: {packed.reason}")
+    lines += _layers(question, choices, choice)
     return tuple(lines)
+
+
+def _layers(question: Question, choices: Choices, choice: Choice) -> Iterator[str]:
+    """How a token goes through the decoders' layers, where there are two ways."""
+    if "kv8" in question.used:
+        return
+    for part in choice.options:
+        if part == "text" and question.model.packed and question.packed_kernel.name != "native":
+            continue  # its products are told of, and why they are no other
+        decoder = choices.request.decoder(part)
+        shape = decoder.hidden_size, decoder.intermediate_size
+        found = native_layers(question.facts.type, question.dtype.name, *shape)
+        if found is not None:
+            yield f"{part}: {found.reason}"
 
 
 def _modules(choices: Choices, choice: Choice) -> Iterator[str]:

@@ -29,14 +29,16 @@ JOINS = {"packed": 0, "scales_and_zeros": 0}
 BLOCK = 16
 """Outputs that lie together."""
 
-FLOAT16, OFFSETS, GATED = 1, 2, 4
-"""Of which type pairs are, what the second is, and what is made of the outputs: as in
-`kernels.cpp`."""
+FLOAT16, OFFSETS, GATED, EIGHT, SIXTEEN = 1, 2, 4, 8, 16
+"""Of which type pairs are, what the second is, what is made of the outputs, and how many bits
+weights have that are not packed: as in `native/product.h`."""
 
 _SIGNATURES = {
     "four_bits": "pnnnnppippup",
     "four_bits_many": "pnnnnppippup",
     "eight_bits": "pnnnpppup",
+    "sixteen_bits": "pnnpppup",
+    "layer": "ppppppnnpup",
     "from_file": "pppinnnppup",
     "from_rows": "pnnpup",
 }
@@ -131,7 +133,8 @@ def _team() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _library() -> Library:
+def loaded() -> Library:
+    """The library, where a kernel was chosen that computes with it."""
     kind = processor()
     assert kind is not None  # or the kernel would have refused
     return _loaded(kind)
@@ -146,7 +149,7 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> dict
     form = FLOAT16 if scales.dtype == torch.float16 else 0
     addresses = [tensor.data_ptr() for tensor in (*stored, packed, pairs)]
     shape = (inputs, outputs, group)
-    _library().call("from_file", *addresses[:3], form, *shape, *addresses[3:])
+    loaded().call("from_file", *addresses[:3], form, *shape, *addresses[3:])
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
@@ -206,7 +209,7 @@ def product(
     count, inputs = rows.shape
     outputs = blocks * BLOCK
     out = rows.new_empty(count, outputs // 2 if form & GATED else outputs)
-    _library().call(
+    loaded().call(
         "four_bits" if phase == "decode" else "four_bits_many",
         rows.data_ptr(),
         count,
@@ -228,7 +231,21 @@ def product_of_bytes(x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     out = x.new_empty(len(x), len(weights))
     shape = (len(x), x.shape[1], len(weights))
     addresses = [tensor.data_ptr() for tensor in (rows, weights, scales, out)]
-    _library().call("eight_bits", addresses[0], *shape, *addresses[1:])
+    loaded().call("eight_bits", addresses[0], *shape, *addresses[1:])
+    return out
+
+
+def product_of_16_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row of bfloat16 [.., K] times bfloat16 [N, K], plus a bias -> [.., N]; rounded once."""
+    outputs, inputs = weight.shape
+    row = _rows(x.reshape(-1, x.shape[-1]), inputs)
+    held = [weight] if bias is None else [weight, bias]
+    if len(row) != 1 or any(t.dtype != x.dtype or not t.is_contiguous() for t in held):
+        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (x, *held))
+        raise TypeError(f"{found}; wanted one row and weights of bfloat16 in one piece")
+    out = x.new_empty(*x.shape[:-1], outputs)
+    addresses = [None if t is None else t.data_ptr() for t in (weight, bias, out)]
+    loaded().call("sixteen_bits", row.data_ptr(), inputs, outputs, *addresses)
     return out
 
 
@@ -243,4 +260,4 @@ def _rows(x: Tensor, inputs: int) -> Tensor:
 def pack_rows(q: Tensor, packed: Tensor) -> None:
     """uint8 [n, K] of 0..15 -> uint8 [n / 16, 8 K]."""
     rows = q.contiguous()
-    _library().call("from_rows", rows.data_ptr(), rows.shape[1], len(rows), packed.data_ptr())
+    loaded().call("from_rows", rows.data_ptr(), rows.shape[1], len(rows), packed.data_ptr())

@@ -29,6 +29,16 @@ inline Lanes take_product(Lanes a, Lanes b, Lanes c) {
     return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
 }
 
+inline float sum(Lanes values) {
+    const __m256 all = _mm256_add_ps(values.low, values.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Of the attention: keys that are scored together, and lanes of values.
+constexpr int SCORED_KEYS = 1, VALUE_LANES = 1;
+
 inline __m256 widen_half(const uint16_t* values, int float16) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
     if (float16) return _mm256_cvtph_ps(bits);
@@ -180,4 +190,15 @@ inline float dot_eight(const float* x, const int8_t* weights, int64_t inputs) {
     for (float each : parts) sum += each;
     for (; k < inputs; ++k) sum += x[k] * weights[k];
     return sum;
+}
+
+inline float dot_sixteen(const uint16_t* x, const uint16_t* weights, int64_t inputs) {
+    Lanes chains[2] = {zero(), zero()};
+    for (int64_t k = 0; k < inputs; k += 16) {
+        // Across pages the processor does not look ahead by itself.
+        _mm_prefetch(reinterpret_cast<const char*>(weights + k + 1024), _MM_HINT_T0);
+        Lanes& chain = chains[k / 16 % 2];
+        chain = add_product(widen(weights + k, 0), widen(x + k, 0), chain);
+    }
+    return sum(add(chains[0], chains[1]));
 }

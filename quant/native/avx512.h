@@ -11,6 +11,11 @@ inline Lanes subtract(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 inline Lanes add_product(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes take_product(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a, b, c); }
 
+inline float sum(Lanes values) { return _mm512_reduce_add_ps(values); }
+
+// Of the attention: keys that are scored together, and lanes of values.
+constexpr int SCORED_KEYS = 4, VALUE_LANES = 4;
+
 inline Lanes widen(const uint16_t* values, int float16) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
     if (float16) return _mm512_cvtph_ps(bits);
@@ -126,7 +131,24 @@ inline float dot_eight(const float* x, const int8_t* weights, int64_t inputs) {
             const Lanes values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
             chains[i] = add_product(values, _mm512_loadu_ps(x + k + 16 * i), chains[i]);
         }
-    float sum = _mm512_reduce_add_ps(add(add(chains[0], chains[1]), add(chains[2], chains[3])));
-    for (; k < inputs; ++k) sum += x[k] * weights[k];
-    return sum;
+    float total = sum(add(add(chains[0], chains[1]), add(chains[2], chains[3])));
+    for (; k < inputs; ++k) total += x[k] * weights[k];
+    return total;
+}
+
+inline float dot_sixteen(const uint16_t* x, const uint16_t* weights, int64_t inputs) {
+    Lanes chains[4] = {zero(), zero(), zero(), zero()};
+    int64_t k = 0;
+    for (; k + 128 <= inputs; k += 128) {
+        // Across pages the processor does not look ahead by itself.
+        for (int i = 0; i < 4; ++i)
+            _mm_prefetch(reinterpret_cast<const char*>(weights + k + 32 * i + 2048), _MM_HINT_T0);
+        for (int i = 0; i < 4; ++i)
+            chains[i] = _mm512_dpbf16_ps(chains[i],
+                                         (__m512bh)_mm512_loadu_si512(weights + k + 32 * i),
+                                         (__m512bh)_mm512_loadu_si512(x + k + 32 * i));
+    }
+    for (; k < inputs; k += 16)
+        chains[k / 16 % 4] = add_product(widen(weights + k, 0), widen(x + k, 0), chains[k / 16 % 4]);
+    return sum(add(add(chains[0], chains[1]), add(chains[2], chains[3])));
 }

@@ -12,7 +12,9 @@
 #include "lanes.h"
 
 constexpr int BLOCK = 16;
-constexpr int FLOAT16 = 1, OFFSETS = 2, GATED = 4;
+// Of which type pairs are, what the second is, what is made of the outputs; or how many bits weights
+// have that are not packed.
+constexpr int FLOAT16 = 1, OFFSETS = 2, GATED = 4, EIGHT = 8, SIXTEEN = 16;
 
 struct Product {
     Activations x;

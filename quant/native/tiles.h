@@ -82,13 +82,13 @@ inline void item(const Product& p, int64_t length, int64_t block, int64_t row, i
 }
 
 // x bfloat16 [rows][inputs] times the weights, plus a bias if there is one -> out [rows][outputs].
-inline void many_rows(Product p, int64_t rows, unsigned threads, Team team) {
+inline void many_rows(Product p, int64_t rows, const Team& team) {
     if (!rows) return;
     static thread_local std::vector<float> room;
     const int64_t length = inputs_at_a_time(p.group), steps = p.inputs / length;
     room.resize(rows * steps);
     float* totals = room.data();
-    in_parallel(rows, 4, threads, team, [&](int64_t first, int64_t last) {
+    in_parallel(rows, team, [&](int64_t first, int64_t last) {
         sum_groups(p.x.narrow + first * p.inputs, (last - first) * p.inputs, length,
                    totals + first * steps);
     });
@@ -96,7 +96,7 @@ inline void many_rows(Product p, int64_t rows, unsigned threads, Team team) {
     const int64_t blocks = p.outputs / BLOCK, across = (blocks + ITEM_BLOCKS - 1) / ITEM_BLOCKS;
     const int64_t down = (rows + ITEM_ROWS - 1) / ITEM_ROWS;
     const int64_t height = ((rows + down - 1) / down + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    in_parallel(across * down, across * down, threads, team, [&](int64_t first, int64_t last) {
+    in_parallel(across * down, team, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t row = i % down * height, left = rows - row;
             if (left > 0)
