@@ -13,6 +13,7 @@ from torch import Tensor, nn
 class Joinable(nn.Module, ABC):
     """A linear that can take over the weights of others."""
 
+    out_features: int
     joined: tuple[int, ...] = ()
     """Outputs of each of the linears that this one computes, itself first; empty if alone."""
 
@@ -34,6 +35,16 @@ class Joinable(nn.Module, ABC):
         where that is not done in one go."""
         return None
 
+    def beside(self, others: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+        """The outputs of this linear and of others of the same input [..., K], side by side; None
+        where one product does not compute linears that are not joined."""
+        return None
+
+    def gated_with(self, up: nn.Module, x: Tensor) -> Tensor | None:
+        """x [..., K] -> silu of the outputs of this linear times those of `up`, [..., N]; None
+        where that is not done in one go, of linears that are not joined."""
+        return None
+
 
 def join(linears: Sequence[nn.Module]) -> None:
     """Have the first of several linears of one input compute all of them, where there is anything
@@ -50,10 +61,13 @@ def join(linears: Sequence[nn.Module]) -> None:
 
 
 def apply_joined(linears: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """All outputs of joined linears side by side, for x [..., K]; None if they are not joined."""
+    """All outputs of joined linears side by side, for x [..., K]; None if they are not joined, nor
+    computed as if they were."""
     first = linears[0]
-    if not isinstance(first, Joinable) or not first.joined:
+    if not isinstance(first, Joinable):
         return None
+    if not first.joined:
+        return first.beside(linears[1:], x)
     out: Tensor = first(x)
     return out
 
@@ -61,17 +75,17 @@ def apply_joined(linears: Sequence[nn.Module], x: Tensor) -> Tensor | None:
 def apply_all(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """The outputs of several linears of one input [..., K]; those of joined ones are views of one
     tensor."""
-    first = linears[0]
     together = apply_joined(linears, x)
-    if together is None or not isinstance(first, Joinable):
+    if together is None:
         return [linear(x) for linear in linears]
-    return together.split(first.joined, dim=-1)
+    widths = [one.out_features for one in linears if isinstance(one, Joinable)]
+    return together.split(widths, dim=-1)
 
 
 def apply_gated(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
     """`silu(gate(x)) * up(x)`, [..., K] -> [..., N]."""
-    if isinstance(gate, Joinable) and len(set(gate.joined)) == 1:
-        together = gate.gated(x)
+    if isinstance(gate, Joinable) and len(set(gate.joined)) < 2:
+        together = gate.gated(x) if gate.joined else gate.gated_with(up, x)
         if together is not None:
             return together
     opened, passed = apply_all((gate, up), x)

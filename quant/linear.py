@@ -6,10 +6,10 @@ from collections.abc import Hashable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .joined import Joinable
-from .kernels import Kernel, Problem, select, select_stored
+from .kernels import Beside, Kernel, Problem, Stored, select, select_stored
 from .phase import current_phase
 from .scratch import Scratch
 from .side_by_side import side_by_side
@@ -94,6 +94,18 @@ class QuantLinear(Joinable):
         """The kernel for stored tensors on a device of that type."""
         return select_stored(self._problem(device), self.asked)
 
+    @property
+    def stored(self) -> bool:
+        """Whether it holds what the file has, and not what was made of that."""
+        return self._held is _STORED
+
+    def choose_stored(self, device: str) -> Kernel:
+        """The kernel for stored tensors on a device of that type, as the linear's own from now
+        on."""
+        if self._stored_on != device:
+            self._stored_on, self.kernel = device, self._as_stored(device)
+        return self.kernel
+
     def _problem(self, device: str) -> Problem:
         return Problem(device, self.dtype, self.in_features, self.out_features, self.group_size)
 
@@ -114,8 +126,8 @@ class QuantLinear(Joinable):
         """x [..., K], of the type given at the start -> [..., N]; the outputs of all that are
         joined to this one, side by side."""
         rows, held = x.reshape(-1, self.in_features), self._prepared()
-        if self._held is _STORED and self._stored_on != rows.device.type:
-            self._stored_on, self.kernel = rows.device.type, self._as_stored(rows.device.type)
+        if self.stored:
+            self.choose_stored(rows.device.type)
         out = self.kernel.run(rows, held, self.bias, self.group_size, current_phase(), self.scratch)
         return out.view(*x.shape[:-1], out.shape[1])
 
@@ -127,6 +139,42 @@ class QuantLinear(Joinable):
         rows, held = x.reshape(-1, self.in_features), self._prepared()
         out = self.kernel.gated(rows, held, self.bias, self.group_size, self.scratch)
         return out.view(*x.shape[:-1], out.shape[1])
+
+    def beside(self, others: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+        """As `Joinable.beside`, of linears that all have their stored tensors."""
+        together = self._beside(others, x.device.type)
+        if together is None:
+            return None
+        kernel, linears = together
+        rows = x.reshape(-1, self.in_features)
+        out = kernel.outputs(rows, linears, self.group_size, current_phase())
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    def gated_with(self, up: nn.Module, x: Tensor) -> Tensor | None:
+        """As `Joinable.gated_with`, of linears that both have their stored tensors."""
+        together = self._beside((up,), x.device.type) if current_phase() == "decode" else None
+        if together is None:
+            return None
+        kernel, (gate, passed) = together
+        out = kernel.gated(x.reshape(-1, self.in_features), gate, passed, self.group_size)
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    def _beside(
+        self, others: Sequence[nn.Module], device: str
+    ) -> tuple[Beside, list[Stored]] | None:
+        """The kernel that computes this linear and others from their stored tensors in one go, and
+        those tensors; None where there is none."""
+        linears = [self, *(other for other in others if isinstance(other, QuantLinear))]
+        if len(linears) <= len(others) or not all(one.stored for one in linears):
+            return None
+        kernel = self.choose_stored(device)
+        if kernel.beside is None or len({one._stored_kind(device) for one in linears}) > 1:
+            return None
+        return kernel.beside, [(one._prepared(), one.bias) for one in linears]
+
+    def _stored_kind(self, device: str) -> Hashable:
+        kernel = self.choose_stored(device).name
+        return kernel, self.group_size, self.in_features, self.scales.dtype
 
     def _prepared(self) -> dict[str, Tensor]:
         # `get_buffer` takes longer than a small product's launch.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class _Linear(ctypes.Structure):
 
     _fields_ = (
         ("weights", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
         ("pairs", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int64),
@@ -153,32 +155,60 @@ def _apart(linears: Sequence[nn.Module]) -> Sequence[nn.Module]:
 def _linear(linear: nn.Module, *, gates: bool = False) -> _Linear | None:
     """What the library is told of a linear, where it can compute it; packed ones that hold gate and
     up are gated."""
+    found: _Found | None = None
     if isinstance(linear, QuantLinear):
-        if linear.kernel.name != "native" or not hasattr(linear, "packed"):
-            return None
-        weights, pairs = linear.get_buffer("packed"), linear.get_buffer("scales_and_zeros")
-        outputs, group = weights.shape[0] * native.BLOCK, linear.group_size
-        form = native.FLOAT16 if pairs.dtype == torch.float16 else 0
-        form |= native.GATED if gates else 0
+        found = _of_file(linear) if linear.stored else _of_four_bits(linear, gates)
     elif isinstance(linear, RoundedLinear):
-        if not linear.rounded or linear.product != "native":
-            return None
-        weights, pairs = linear.get_buffer("packed"), linear.get_buffer("scales")
-        outputs, group, form = len(weights), 1, native.EIGHT
-        if not _is_row(pairs):
-            return None
-    elif isinstance(linear, PlainLinear):
-        weights, pairs = linear.weight, None
-        outputs, group, form = len(weights), 1, native.SIXTEEN
-        if not _is_row(weights) or linear.in_features % LANES:
-            return None
-    else:
+        found = _of_eight_bits(linear)
+    elif isinstance(linear, PlainLinear) and _is_row(linear.weight):
+        found = _Found(native.SIXTEEN, len(linear.weight), linear.weight)
+    bias = getattr(linear, "bias", None)
+    if found is None or not (bias is None or _is_row(bias)):
         return None
-    bias = linear.bias
-    if bias is not None and not _is_row(bias):
+    places = (found.weights, found.zeros, found.pairs, bias)
+    addresses = [None if each is None else each.data_ptr() for each in places]
+    return _Linear(*addresses, linear.in_features, found.outputs, found.group, found.form)
+
+
+class _Found(NamedTuple):
+    """Tensors of a linear, and what the library does with them."""
+
+    form: int
+    outputs: int
+    weights: Tensor
+    pairs: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 1
+
+
+def _of_four_bits(linear: QuantLinear, gates: bool) -> _Found | None:
+    if linear.kernel.name != "native":
         return None
-    places = [None if each is None else each.data_ptr() for each in (weights, pairs, bias)]
-    return _Linear(*places, linear.in_features, outputs, group, form)
+    weights, pairs = linear.get_buffer("packed"), linear.get_buffer("scales_and_zeros")
+    form = _kind(pairs) | (native.GATED if gates else 0)
+    outputs = weights.shape[0] * native.BLOCK
+    return _Found(form, outputs, weights, pairs, group=linear.group_size)
+
+
+def _of_file(linear: QuantLinear) -> _Found | None:
+    if linear.choose_stored("cpu").name != "native":
+        return None
+    weights, zeros, scales = (linear.get_buffer(name) for name in ("qweight", "qzeros", "scales"))
+    if not all(each.is_contiguous() for each in (weights, zeros, scales)):
+        return None
+    form = _kind(scales) | native.STORED
+    return _Found(form, linear.out_features, weights, scales, zeros, linear.group_size)
+
+
+def _of_eight_bits(linear: RoundedLinear) -> _Found | None:
+    if not linear.rounded or linear.product != "native":
+        return None
+    weights, scales = linear.get_buffer("packed"), linear.get_buffer("scales")
+    return _Found(native.EIGHT, len(weights), weights, scales) if _is_row(scales) else None
+
+
+def _kind(scales: Tensor) -> int:
+    return native.FLOAT16 if scales.dtype == torch.float16 else 0
 
 
 def _is_row(tensor: Tensor) -> bool:

@@ -27,14 +27,15 @@ PIECE_WEIGHTS: dict[KernelName, int] = {
 TAKEN_PER_WEIGHT: dict[KernelName, int] = {"cpu": 3, "native": 3, "tinygemm": 7}
 """Bytes of scratch per weight of a piece, rounded up to hold its group's scale and zero too.
 
-`native` needs none, and is planned like `cpu`, which takes its place where it cannot be built.
+`native` needs none, and is planned like `cpu`, which takes its place where it cannot be built; for
+what streams the reference does, in pieces that fit (`columns_within`).
 """
 
 
 AS_STORED: frozenset[KernelName] = frozenset({"reference", "triton"})
 """Kernels that compute from the tensors as they are in the file."""
 
-STREAMING: frozenset[KernelName] = frozenset({"triton", "ascend"})
+STREAMING: frozenset[KernelName] = frozenset({"triton", "ascend", "native"})
 """Kernels that have a product for layers that stream; others leave those to `reference`."""
 
 
@@ -70,7 +71,8 @@ def preferred_kernel(
         choice = "bfloat16 on the CPU: 4-bit product"
         refused = not_offered(weights)
         if refused is None:
-            return KernelChoice("native", f"{choice}s compiled for this processor")
+            reason = f"{choice}s compiled for this processor, of layers that stream too"
+            return KernelChoice("native", reason)
         reason = f"{choice} to decode, 16-bit to prefill; compiled kernels are not used: {refused}"
         return KernelChoice("cpu", reason)
     return KernelChoice("reference", f"there is no 4-bit product on {device}")
@@ -143,6 +145,13 @@ def scratch_bytes(
         return 8 * (inputs + inputs // group) * columns + 512
     piece = max(min(PIECE_WEIGHTS[kernel], inputs * outputs), inputs * 64)
     return TAKEN_PER_WEIGHT[kernel] * piece + 4096
+
+
+def columns_within(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:
+    """Outputs that the reference de-quantizes at a time where it takes the place of `kernel`,
+    `cpu` or `native`, within the same scratch."""
+    room = scratch_bytes(inputs, outputs, kernel, group) - 512
+    return max(room // (8 * (inputs + inputs // group)) // 8, 1) * 8
 
 
 def loading_bytes(inputs: int, outputs: int, group: int, kernel: KernelName) -> int:

@@ -179,6 +179,12 @@ class ModelFacts:
             units += _head_pieces(text.vocab_size, text.hidden_size, size)
         else:
             rest += head_bytes(text.hidden_size, text.vocab_size, head)
+        scratch = self._largest_of_blocks(kernel, _scratch)
+        scratch = max(scratch, self._scratch_of_refused(kernel))
+        # What streams has to do with the same scratch if `native` turns out not to be there.
+        streamed = scratch
+        if kernel != "native":
+            streamed = self._largest_of_blocks("reference", _scratch)
         return PartSizes(
             rest,
             tuple(units),
@@ -187,10 +193,8 @@ class ModelFacts:
                 self._largest_of_blocks(kernel, _loading),
                 rounding_bytes(text.hidden_size, text.vocab_size) if head else 0,
             ),
-            scratch=max(
-                self._largest_of_blocks(kernel, _scratch), self._scratch_of_refused(kernel)
-            ),
-            scratch_streamed=self._largest_of_blocks("reference", _scratch),
+            scratch=scratch,
+            scratch_streamed=streamed,
         )
 
     def _layer(

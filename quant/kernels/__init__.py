@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..phase import Phase
 from ..scratch import Scratch
-from ..sizes import AS_STORED, Asked, KernelName, preferred_kernel
+from ..sizes import AS_STORED, Asked, KernelName, columns_within, preferred_kernel
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,22 @@ class Problem:
     group: int
 
 
+Stored = tuple[dict[str, Tensor], Tensor | None]
+"""A linear as the file has it: `qweight`, `qzeros` and `scales`, and its bias."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a kernel for stored tensors does of several linears of one input in one go.
+
+    `outputs(x, linears, group, phase)` gives the outputs of all side by side, [M, sum of N];
+    `gated(x, gate, up, group)` silu of the one's times the other's, while decoding.
+    """
+
+    outputs: Callable[[Tensor, Sequence[Stored], int, Phase], Tensor]
+    gated: Callable[[Tensor, Stored, Stored, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The kernel chosen for a problem, and why, in words for the plan.
@@ -35,7 +51,8 @@ class Kernel:
     bias; `joins` gives, for every held tensor, the axis along which several linears of one input
     lie side by side as one, and is empty where there is nothing to gain from that. While decoding,
     `gated(x, held, bias, group, scratch)` multiplies silu of the first half of the outputs by the
-    second, where there is anything to gain.
+    second, where there is anything to gain. `beside` is of kernels for stored tensors alone, whose
+    linears are not joined.
     """
 
     name: KernelName
@@ -44,6 +61,7 @@ class Kernel:
     run: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Phase, Scratch], Tensor]
     joins: dict[str, int]
     gated: Callable[[Tensor, dict[str, Tensor], Tensor | None, int, Scratch], Tensor] | None = None
+    beside: Beside | None = None
 
 
 def select(problem: Problem, asked: Asked = "auto") -> Kernel:
@@ -74,13 +92,24 @@ def select(problem: Problem, asked: Asked = "auto") -> Kernel:
 
 def select_stored(problem: Problem, asked: Asked = "auto") -> Kernel:
     """The same for tensors that are to stay as the file has them: of a layer that streams."""
-    from . import ascend_stored, reference
+    from . import ascend_stored, native_stored, reference
 
     dtype = str(problem.dtype).removeprefix("torch.")
     name, reason = preferred_kernel(problem.device, dtype, asked, problem.inputs * problem.outputs)
     if name == "ascend" and ascend_stored.refusal(problem) is None:
         return Kernel(name, reason, reference.prepare, ascend_stored.run, joins={})
-    chosen = select(problem, asked) if problem.device == "cuda" else None
+    refused = native_stored.refusal(problem) if name == "native" else None
+    if name == "native" and refused is None:
+        beside = Beside(native_stored.beside, native_stored.gated)
+        return Kernel(name, reason, reference.prepare, native_stored.run, joins={}, beside=beside)
+    chosen = select(problem, asked) if problem.device == "cuda" or refused is not None else None
     if chosen is not None and chosen.name in AS_STORED:
         return chosen
+    if refused is not None:
+        # The plan counted on kernels that take less than the reference does by itself.
+        step = columns_within(problem.inputs, problem.outputs, problem.group, "native")
+        run = functools.partial(reference.run, step=step)
+        return Kernel(
+            "reference", f"the {name} kernel cannot: {refused}", reference.prepare, run, {}
+        )
     return select(replace(problem, device="meta"), asked)

@@ -29,13 +29,15 @@ JOINS = {"packed": 0, "scales_and_zeros": 0}
 BLOCK = 16
 """Outputs that lie together."""
 
-FLOAT16, OFFSETS, GATED, EIGHT, SIXTEEN = 1, 2, 4, 8, 16
-"""Of which type pairs are, what the second is, what is made of the outputs, and how many bits
-weights have that are not packed: as in `native/product.h`."""
+FLOAT16, OFFSETS, GATED, EIGHT, SIXTEEN, STORED = 1, 2, 4, 8, 16, 32
+"""Of which type pairs are, what the second is, what is made of the outputs, how many bits weights
+have that are not packed, and that they are in the order of a file: as in `native/product.h`."""
 
 _SIGNATURES = {
     "four_bits": "pnnnnppippup",
     "four_bits_many": "pnnnnppippup",
+    "four_bits_stored": "pnnnnpipnup",
+    "four_bits_many_stored": "pnnnnpipnup",
     "eight_bits": "pnnnpppup",
     "sixteen_bits": "pnnpppup",
     "layer": "ppppppnnpup",
@@ -205,7 +207,7 @@ def product(
     """bfloat16 [M, K] times prepared weights -> bfloat16 [M, N]; rounded once, with the bias. In
     decode weights are read once for eight rows; in prefill, where nothing may be gated, for all."""
     blocks, width = packed.shape
-    rows = _rows(x, width // (BLOCK // 2))
+    rows = rows_of(x, width // (BLOCK // 2))
     count, inputs = rows.shape
     outputs = blocks * BLOCK
     out = rows.new_empty(count, outputs // 2 if form & GATED else outputs)
@@ -227,7 +229,7 @@ def product(
 
 def product_of_bytes(x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     """bfloat16 [M, K] times int8 [N, K], row by row times bfloat16 [N] -> bfloat16 [M, N]."""
-    rows = _rows(x, weights.shape[1])
+    rows = rows_of(x, weights.shape[1])
     out = x.new_empty(len(x), len(weights))
     shape = (len(x), x.shape[1], len(weights))
     addresses = [tensor.data_ptr() for tensor in (rows, weights, scales, out)]
@@ -238,7 +240,7 @@ def product_of_bytes(x: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
 def product_of_16_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row of bfloat16 [.., K] times bfloat16 [N, K], plus a bias -> [.., N]; rounded once."""
     outputs, inputs = weight.shape
-    row = _rows(x.reshape(-1, x.shape[-1]), inputs)
+    row = rows_of(x.reshape(-1, x.shape[-1]), inputs)
     held = [weight] if bias is None else [weight, bias]
     if len(row) != 1 or any(t.dtype != x.dtype or not t.is_contiguous() for t in held):
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (x, *held))
@@ -249,7 +251,7 @@ def product_of_16_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out
 
 
-def _rows(x: Tensor, inputs: int) -> Tensor:
+def rows_of(x: Tensor, inputs: int) -> Tensor:
     """What the library may read: it is given addresses alone."""
     if x.dtype != torch.bfloat16 or x.shape[1] != inputs or not x.is_cpu:
         found = f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -37,10 +37,13 @@ def run(
     group: int,
     phase: Phase,
     scratch: Scratch,
+    step: int | None = None,
 ) -> Tensor:
-    """x [M, K] -> [M, N], in the type of x. On `meta` only its memory is taken."""
+    """x [M, K] -> [M, N], in the type of x, `step` outputs at a time. On `meta` only its memory is
+    taken."""
     qweight, qzeros, scales = held["qweight"], held["qzeros"], held["scales"]
-    step = piece_columns(PIECE_WEIGHTS["reference"], x.shape[1], 8)
+    if step is None:
+        step = piece_columns(PIECE_WEIGHTS["reference"], x.shape[1], 8)
     if x.is_meta:
         return _memory_alone(x, scales.shape, step, scratch)
 

@@ -32,7 +32,8 @@ builds again what has failed to build before."""
 
 _SOURCES = Path(__file__).parent
 _MAIN = "kernels.cpp"
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+# Hidden, for what is shared by name would be one thing in libraries for several kinds.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
 _SECONDS, _VERSION_SECONDS = 120, 20
 """That building may take, and telling a version."""
 

@@ -8,6 +8,7 @@
 
 #include "layer.h"
 #include "rows.h"
+#include "stored.h"
 #include "team.h"
 #include "tiles.h"
 
@@ -23,14 +24,9 @@ void join_words(const uint8_t* q, uint8_t* packed) {
     std::memcpy(packed, words, sizeof words);
 }
 
-// 16 nibbles of two words of the file, whose output j of eight is nibble {0, 4, 1, 5, ...}[j].
-void split_file_words(const uint32_t* words, uint8_t* q) {
-    for (int half = 0; half < 2; ++half)
-        for (int j = 0; j < 8; ++j) q[8 * half + j] = words[half] >> place_of(j) & 15;
-}
-
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // x bfloat16 [rows][inputs] times the weights, plus a bias if there is one -> out [rows][outputs];
@@ -63,9 +59,25 @@ void lowvram_sixteen_bits(const uint16_t* x, int64_t inputs, int64_t outputs,
 void lowvram_four_bits_many(const uint16_t* x, int64_t rows, int64_t inputs, int64_t outputs,
                             int64_t group, const uint8_t* packed, const uint16_t* pairs, int form,
                             const uint16_t* bias, uint16_t* out, unsigned threads, Start start) {
-    const Team team{threads, start};
-    const Activations as_they_are{x, nullptr, nullptr};
-    many_rows({as_they_are, inputs, outputs, group, packed, pairs, form, bias, out}, rows, team);
+    Product p{{x, nullptr, nullptr}, inputs, outputs, group, packed, pairs, form, bias, out, outputs};
+    many_rows(p, InOrder{p}, rows, {threads, start});
+}
+
+// The first of these for a file's weights; gated ones are of two files, with half of the outputs each.
+// Rows of `out` are `stride` numbers apart.
+void lowvram_four_bits_stored(const uint16_t* x, int64_t rows, int64_t inputs, int64_t outputs,
+                              int64_t group, const File* files, int form, uint16_t* out,
+                              int64_t stride, unsigned threads, Start start) {
+    few_rows_stored(x, rows, inputs, outputs, group, files, form, out, stride, {threads, start});
+}
+
+// The same for many rows, of which none are gated.
+void lowvram_four_bits_many_stored(const uint16_t* x, int64_t rows, int64_t inputs,
+                                   int64_t outputs, int64_t group, const File* file, int form,
+                                   uint16_t* out, int64_t stride, unsigned threads, Start start) {
+    Product p{{x, nullptr, nullptr}, inputs, outputs, group,  nullptr,
+              nullptr,               form,   file->bias, out, stride};
+    many_rows(p, InFile{p, *file}, rows, {threads, start});
 }
 
 // The file's int32 qweight [K][N / 8], qzeros [K / group][N / 8] and scales [K / group][N] (of 16
@@ -73,31 +85,21 @@ void lowvram_four_bits_many(const uint16_t* x, int64_t rows, int64_t inputs, int
 void lowvram_from_file(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales,
                        int form, int64_t inputs, int64_t outputs, int64_t group, uint8_t* packed,
                        uint16_t* pairs, unsigned threads, Start start) {
+    const File file{qweight, qzeros, scales, nullptr};
     const Team team{threads, start};
-    const int64_t words = outputs / 8, groups = inputs / group, blocks = outputs / BLOCK;
-    uint16_t shifted[16];
-    for (int q = 0; q < 16; ++q) shifted[q] = form & FLOAT16 ? half_one(q - 8) : round_one(q - 8);
-    // Eight blocks are a cache line of the file's rows.
-    in_parallel((blocks + 7) / 8, team, [&](int64_t begin, int64_t end) {
-        const int64_t stop = 8 * end < blocks ? 8 * end : blocks;
-        for (int64_t left = 8 * begin; left < stop; left += 8) {
-            const int64_t right = left + 8 < stop ? left + 8 : stop;
-            uint8_t q[8 * BLOCK];
-            for (int64_t k = 0; k < inputs; k += 8)
-                for (int64_t b = left; b < right; ++b) {
-                    for (int i = 0; i < 8; ++i)
-                        split_file_words(qweight + (k + i) * words + 2 * b, q + i * BLOCK);
-                    join_words(q, packed + (b * inputs + k) * 8);
-                }
+    const int64_t groups = inputs / group, blocks = outputs / BLOCK;
+    const auto bring = [&](int64_t begin, int64_t end) {
+        for (int64_t left = begin * LINE_BLOCKS; left < blocks && left < end * LINE_BLOCKS;
+             left += LINE_BLOCKS) {
+            const int64_t count = blocks - left < LINE_BLOCKS ? blocks - left : LINE_BLOCKS;
+            put_weights(file, outputs, left, count, 0, inputs, packed + left * inputs * 8,
+                        inputs * 8);
             for (int64_t g = 0; g < groups; ++g)
-                for (int64_t b = left; b < right; ++b) {
-                    uint16_t* pair = pairs + (b * groups + g) * 2 * BLOCK;
-                    split_file_words(qzeros + g * words + 2 * b, q);
-                    std::memcpy(pair, scales + g * outputs + b * BLOCK, 2 * BLOCK);
-                    for (int n = 0; n < BLOCK; ++n) pair[BLOCK + n] = shifted[q[n]];
-                }
+                put_pairs(file, form, outputs, left, count, g,
+                          pairs + (left * groups + g) * 2 * BLOCK, groups * 2 * BLOCK);
         }
-    });
+    };
+    in_parallel((blocks + LINE_BLOCKS - 1) / LINE_BLOCKS, team, bring);
 }
 
 // A decoder layer of one token, bfloat16 x [width] -> out [width], after `filled` others: their keys and
@@ -128,3 +130,4 @@ void lowvram_from_rows(const uint8_t* rows, int64_t inputs, int64_t outputs, uin
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

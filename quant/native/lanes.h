@@ -30,10 +30,6 @@ inline uint16_t round_one(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-inline uint16_t half_one(int value) {
-    return _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), 0), 0);
-}
-
 inline const float* widen_row(const uint16_t* x, int64_t inputs, std::vector<float>& room) {
     room.resize(inputs);
     for (int64_t k = 0; k < inputs; ++k) room[k] = wide_one(x[k]);

@@ -13,8 +13,8 @@
 
 constexpr int BLOCK = 16;
 // Of which type pairs are, what the second is, what is made of the outputs; or how many bits weights
-// have that are not packed.
-constexpr int FLOAT16 = 1, OFFSETS = 2, GATED = 4, EIGHT = 8, SIXTEEN = 16;
+// have that are not packed, or that they are in the order of a file.
+constexpr int FLOAT16 = 1, OFFSETS = 2, GATED = 4, EIGHT = 8, SIXTEEN = 16, STORED = 32;
 
 struct Product {
     Activations x;
@@ -24,18 +24,20 @@ struct Product {
     int form;
     const uint16_t* bias;
     uint16_t* out;
+    int64_t stride;  // numbers from one row of `out` to the next
 };
+
+inline const uint16_t* pair_of(const Product& p, int64_t block, int64_t group) {
+    return p.pairs + (block * (p.inputs / p.group) + group) * 2 * BLOCK;
+}
 
 // What a group has for the 16 outputs of a block.
 struct Scales {
     Lanes scale, other;
 
     Scales() = default;
-    Scales(const Product& p, int64_t block, int64_t group) {
-        const uint16_t* pair = p.pairs + (block * (p.inputs / p.group) + group) * 2 * BLOCK;
-        scale = widen(pair, p.form & FLOAT16);
-        other = widen(pair + BLOCK, p.form & FLOAT16);
-    }
+    Scales(const uint16_t* pair, int form)
+        : scale(widen(pair, form & FLOAT16)), other(widen(pair + BLOCK, form & FLOAT16)) {}
 
     // Of sums over (q - 8) * x and over x alone: the weights' own, added to `total`.
     Lanes add_to(Lanes total, Lanes sums, Lanes all, int form) const {
@@ -44,6 +46,6 @@ struct Scales {
     }
 };
 
-inline Lanes with_bias(const Product& p, int64_t block, Lanes total) {
-    return p.bias ? add(total, widen(p.bias + block * BLOCK, 0)) : total;
+inline Lanes with_bias(const uint16_t* bias, int64_t block, Lanes total) {
+    return bias ? add(total, widen(bias + block * BLOCK, 0)) : total;
 }

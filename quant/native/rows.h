@@ -16,21 +16,25 @@ inline Lanes rounded_lanes(Lanes values) {
     return widen(narrowed, 0);
 }
 
+// What one group adds to a block's outputs, for all rows.
+template <int ROWS>
+inline void add_group(const Product& p, int64_t g, const uint8_t* packed, const Scales& scales,
+                      Lanes* total) {
+    const int64_t groups = p.inputs / p.group;
+    Lanes sums[ROWS];
+    group_sums<ROWS>(p.x, p.inputs, g * p.group, p.group, packed, sums);
+    for (int r = 0; r < ROWS; ++r)
+        total[r] = scales.add_to(total[r], sums[r], spread(p.x.totals[r * groups + g]), p.form);
+}
+
 // One block's outputs for all rows, in fp32, with the bias.
 template <int ROWS>
 void block_outputs(const Product& p, int64_t block, Lanes* total) {
-    const int64_t groups = p.inputs / p.group;
     const uint8_t* packed = p.packed + block * p.inputs * 8;
     for (int r = 0; r < ROWS; ++r) total[r] = zero();
-    for (int64_t g = 0; g < groups; ++g) {
-        Lanes sums[ROWS];
-        group_sums<ROWS>(p.x, p.inputs, g * p.group, p.group, packed, sums);
-        const Scales scales(p, block, g);
-        for (int r = 0; r < ROWS; ++r)
-            total[r] = scales.add_to(total[r], sums[r], spread(p.x.totals[r * groups + g]), p.form);
-        packed += p.group * 8;
-    }
-    for (int r = 0; r < ROWS; ++r) total[r] = with_bias(p, block, total[r]);
+    for (int64_t g = 0; g < p.inputs / p.group; ++g, packed += p.group * 8)
+        add_group<ROWS>(p, g, packed, {pair_of(p, block, g), p.form}, total);
+    for (int r = 0; r < ROWS; ++r) total[r] = with_bias(p.bias, block, total[r]);
 }
 
 // x / (1 + e^-x), rounded to bfloat16 as all that is handed on is.
@@ -44,28 +48,36 @@ inline Lanes silu(Lanes values) {
     return rounded_lanes(load(x));
 }
 
+// silu of a block's outputs times those of another, both rounded before.
+template <int ROWS>
+inline void gate_block(Lanes* gate, const Lanes* up) {
+    for (int r = 0; r < ROWS; ++r)
+        gate[r] = add_product(silu(rounded_lanes(gate[r])), rounded_lanes(up[r]), zero());
+}
+
+template <int ROWS>
+inline void narrow_block(const Product& p, int64_t block, const Lanes* total) {
+    for (int r = 0; r < ROWS; ++r) narrow(p.out + r * p.stride + block * BLOCK, total[r]);
+}
+
 template <int ROWS>
 void four_bits(const Product& p, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
         Lanes total[ROWS];
         block_outputs<ROWS>(p, block, total);
-        for (int r = 0; r < ROWS; ++r) narrow(p.out + r * p.outputs + block * BLOCK, total[r]);
+        narrow_block<ROWS>(p, block, total);
     }
 }
 
 // Of outputs side by side, silu of the one half times the other.
 template <int ROWS>
 void gated(const Product& p, int64_t first, int64_t last) {
-    const int64_t half = p.outputs / 2;
     for (int64_t block = first; block < last; ++block) {
         Lanes gate[ROWS], up[ROWS];
         block_outputs<ROWS>(p, block, gate);
-        block_outputs<ROWS>(p, block + half / BLOCK, up);
-        for (int r = 0; r < ROWS; ++r) {
-            const Lanes open = silu(rounded_lanes(gate[r]));
-            narrow(p.out + r * half + block * BLOCK,
-                   add_product(open, rounded_lanes(up[r]), zero()));
-        }
+        block_outputs<ROWS>(p, block + p.outputs / 2 / BLOCK, up);
+        gate_block<ROWS>(gate, up);
+        narrow_block<ROWS>(p, block, gate);
     }
 }
 
@@ -86,8 +98,8 @@ inline void few_rows(const uint16_t* x, int64_t rows, int64_t inputs, int64_t ou
     for (int64_t done = 0; done < rows; done += MOST_ROWS) {
         const int64_t now = rows - done < MOST_ROWS ? rows - done : MOST_ROWS;
         const Activations ready = prepare_four(x + done * inputs, now, inputs, group, room);
-        const Product product{ready,  inputs, outputs, group, packed,
-                              pairs, form,   bias,    out + done * columns};
+        const Product product{ready, inputs, outputs, group, packed,
+                              pairs, form,   bias,    out + done * columns, columns};
         const FewRows body = FEW_ROWS[gates][now - 1];
         in_parallel(columns / BLOCK, team,
                     [&](int64_t first, int64_t last) { body(product, first, last); });

@@ -42,22 +42,43 @@ constexpr AddTile ADD_TILE[] = {nullptr,     add_tile<1>, add_tile<2>, add_tile<
                                 add_tile<4>, add_tile<5>, add_tile<6>};
 static_assert(TILE_ROWS == 6, "one for each number of rows");
 
+// Where some inputs of a block are, and what their group has for it.
+struct Place {
+    const uint8_t* packed;
+    const uint16_t* pair;
+};
+
+// Weights that lie in the products' order.
+struct InOrder {
+    const Product& p;
+
+    void find(int64_t block, int64_t count, int64_t start, int64_t, Place* places) const {
+        for (int64_t at = block; at < block + count; ++at)
+            *places++ = {p.packed + (at * p.inputs + start) * BLOCK / 2,
+                         pair_of(p, at, start / p.group)};
+    }
+};
+
 // The outputs of `ITEM_BLOCKS` blocks from `block`, of `rows` rows from `row`.
-inline void item(const Product& p, int64_t length, int64_t block, int64_t row, int64_t rows) {
+template <class Weights>
+void item(const Product& p, const Weights& from, int64_t length, int64_t block, int64_t row,
+          int64_t rows) {
     static thread_local std::vector<Line> unpacked, summed, wide;
-    const int64_t steps = p.inputs / length, last = p.outputs / BLOCK - 1;
+    const int64_t steps = p.inputs / length, left = p.outputs / BLOCK - block;
+    const int count = left < ITEM_BLOCKS ? int(left) : ITEM_BLOCKS;
     Unpacked* weights = lines_of<Unpacked>(unpacked, length * BLOCK * ITEM_BLOCKS);
     float* totals = lines_of<float>(summed, rows * BLOCK * ITEM_BLOCKS);
     for (int64_t i = 0; i < rows * BLOCK * ITEM_BLOCKS; ++i) totals[i] = 0;
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t start = step * length;
         Scales scales[ITEM_BLOCKS];
+        Place places[ITEM_BLOCKS];
+        from.find(block, count, start, length, places);
         for (int b = 0; b < ITEM_BLOCKS; ++b) {
             // Beyond the last block it comes again, and is not stored.
-            const int64_t at = block + b < last ? block + b : last;
-            scales[b] = Scales(p, at, start / p.group);
-            unpack(p.packed + (at * p.inputs + start) * BLOCK / 2, length,
-                   weights + place_in_tiles(b, length));
+            const Place& place = places[b < count ? b : count - 1];
+            scales[b] = {place.pair, p.form};
+            unpack(place.packed, length, weights + place_in_tiles(b, length));
         }
         int64_t stride = p.inputs;
         const Input* x =
@@ -76,13 +97,14 @@ inline void item(const Product& p, int64_t length, int64_t block, int64_t row, i
         }
     }
     for (int64_t r = 0; r < rows; ++r)
-        for (int b = 0; b < ITEM_BLOCKS && block + b <= last; ++b)
-            narrow(p.out + (row + r) * p.outputs + (block + b) * BLOCK,
-                   with_bias(p, block + b, load(totals + (r * ITEM_BLOCKS + b) * BLOCK)));
+        for (int b = 0; b < count; ++b)
+            narrow(p.out + (row + r) * p.stride + (block + b) * BLOCK,
+                   with_bias(p.bias, block + b, load(totals + (r * ITEM_BLOCKS + b) * BLOCK)));
 }
 
 // x bfloat16 [rows][inputs] times the weights, plus a bias if there is one -> out [rows][outputs].
-inline void many_rows(Product p, int64_t rows, const Team& team) {
+template <class Weights>
+void many_rows(Product& p, const Weights& from, int64_t rows, const Team& team) {
     if (!rows) return;
     static thread_local std::vector<float> room;
     const int64_t length = inputs_at_a_time(p.group), steps = p.inputs / length;
@@ -100,7 +122,7 @@ inline void many_rows(Product p, int64_t rows, const Team& team) {
         for (int64_t i = first; i < last; ++i) {
             const int64_t row = i % down * height, left = rows - row;
             if (left > 0)
-                item(p, length, i / down * ITEM_BLOCKS, row, left < height ? left : height);
+                item(p, from, length, i / down * ITEM_BLOCKS, row, left < height ? left : height);
         }
     });
 }

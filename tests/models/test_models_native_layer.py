@@ -270,17 +270,21 @@ def test_weights_that_go_are_not_read_again() -> None:
     assert layer._native is not None
 
 
-def test_a_layer_that_streams_is_read_where_it_now_is() -> None:
-    staying, layer = made("grouped", "16 bits"), made("grouped", "16 bits", loaded=False)
+@pytest.mark.parametrize("bits", ["4 bits", "16 bits", "mixed"])
+def test_a_layer_that_streams_is_read_where_it_now_is(bits: str) -> None:
+    """And gives every bit of one that stays."""
+    staying, layer = made("grouped", bits), made("grouped", bits, loaded=False)
     turns, found = rope("grouped", 9), []
     x = torch.randn(1, 1, 256).bfloat16()
     for _ in range(3):
         found.append(decoded(layer, x, turns, filled("grouped", 9), 9))
         assert layer._native is None
-        for linear in (one for one in layer.modules() if isinstance(one, nn.Linear)):
-            old = linear.weight
-            linear.weight = nn.Parameter(old.clone(), requires_grad=False)
-            old.zero_()  # the next layer's numbers come there
+        for linear in (*layer.self_attn.children(), *layer.mlp.children()):
+            for name, old in [*linear.named_parameters(), *linear.named_buffers()]:
+                held = linear._parameters if name in linear._parameters else linear._buffers
+                new = old.clone()
+                held[name] = nn.Parameter(new, False) if held is linear._parameters else new
+                old.zero_()  # the next layer's numbers come there
     assert torch.equal(found[0], decoded(staying, x, turns, filled("grouped", 9), 9))
     assert all(torch.equal(found[0], other) for other in found)
 

@@ -109,3 +109,14 @@ def test_without_speech_voices_are_not_looked_at(tmp_path: Path) -> None:
     (folder / "spk_dict.pt").unlink()
     facts: ModelFacts = model_facts(resolve(folder), speech=False)
     assert facts.voice_frames == 0 and math.prod(facts.tensors["talker.codec_head.weight"])
+
+
+def test_only_kernels_that_leave_what_streams_to_the_reference_take_its_scratch(
+    packed: Checkpoint,
+) -> None:
+    facts = model_facts(packed)
+    reference = facts.part_sizes("text", 2, "reference").scratch
+    for kernel in ("cpu", "tinygemm", "triton"):
+        assert facts.part_sizes("text", 2, kernel).scratch_streamed == reference  # type: ignore[arg-type]
+    native = facts.part_sizes("text", 2, "native")
+    assert native.scratch_streamed == native.scratch < reference
