@@ -79,6 +79,9 @@ def make_talker(name: str, bench: Bench) -> Talker:
     talker.to_empty(device=bench.device.torch)
     for parameter in talker.parameters():
         parameter.uniform_(-0.03, 0.03)
+    for module in talker.modules():
+        if callable(hook := getattr(module, "after_load", None)):
+            hook()
     bench.width = config.embedding_size
     return talker
 
