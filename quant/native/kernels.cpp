@@ -1,4 +1,4 @@
-// What Python calls: products of 4-bit and 8-bit weights, the way from a file's order of 4-bit weights
+// What Python calls: products of 4-, 8- and 16-bit weights, the way from a file's order of 4-bit weights
 // to theirs, and a decoder layer of one token. Built for one kind of processor at a time; `lanes.h`
 // has what differs.
 
