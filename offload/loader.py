@@ -141,7 +141,8 @@ class Loader:
         for slot in slots:
             if slot.filled_by_owner:
                 self._fill_from(name, slot)
-        for module in staying:
+        # Members first: what is made of theirs is counted before their owner makes one of several.
+        for module in reversed(staying):
             hook = getattr(module, "after_load", None)
             if hook is not None:
                 self._finish(name, module, hook)

@@ -35,9 +35,9 @@ have that are not packed, and that they are in the order of a file: as in `nativ
 
 _SIGNATURES = {
     "four_bits": "pnnnnppippup",
-    "four_bits_many": "pnnnnppippup",
+    "four_bits_many": "pnnnnppippnup",
     "four_bits_stored": "pnnnnpipnup",
-    "four_bits_many_stored": "pnnnnpipnup",
+    "four_bits_many_stored": "pnnnnpipnnup",
     "eight_bits": "pnnnpppup",
     "sixteen_bits": "pnnpppup",
     "layer": "ppppppnnpup",
@@ -207,12 +207,13 @@ def product(
     """bfloat16 [M, K] times prepared weights -> bfloat16 [M, N]; rounded once, with the bias. In
     decode weights are read once for eight rows; in prefill, where nothing may be gated, for all."""
     blocks, width = packed.shape
-    rows = rows_of(x, width // (BLOCK // 2))
+    many = phase == "prefill"
+    rows = rows_of(x, width // (BLOCK // 2), apart=many)
     count, inputs = rows.shape
     outputs = blocks * BLOCK
     out = rows.new_empty(count, outputs // 2 if form & GATED else outputs)
     loaded().call(
-        "four_bits" if phase == "decode" else "four_bits_many",
+        "four_bits_many" if many else "four_bits",
         rows.data_ptr(),
         count,
         inputs,
@@ -223,6 +224,7 @@ def product(
         form,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
+        *((rows.stride(0),) if many else ()),
     )
     return out
 
@@ -251,12 +253,13 @@ def product_of_16_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out
 
 
-def rows_of(x: Tensor, inputs: int) -> Tensor:
-    """What the library may read: it is given addresses alone."""
+def rows_of(x: Tensor, inputs: int, *, apart: bool = False) -> Tensor:
+    """What the library may read: it is given addresses alone. Rows may lie `apart` from each other
+    where it is told how far: the copy of a chunk's rows would be the peak of a layer."""
     if x.dtype != torch.bfloat16 or x.shape[1] != inputs or not x.is_cpu:
         found = f"{x.dtype} {list(x.shape)} on {x.device}"
         raise TypeError(f"{found}; wanted bfloat16 [rows, {inputs}] on the cpu")
-    return x.contiguous()
+    return x if apart and x.stride(1) == 1 and x.stride(0) >= inputs else x.contiguous()
 
 
 def pack_rows(q: Tensor, packed: Tensor) -> None:

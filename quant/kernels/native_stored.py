@@ -70,9 +70,10 @@ def run(
 def beside(x: Tensor, linears: Sequence[Stored], group: int, phase: Phase) -> Tensor:
     """x bfloat16 [M, K] -> bfloat16 [M, sum of N]: the outputs of all linears side by side."""
     widths = [held["scales"].shape[1] for held, _ in linears]
-    rows = native.rows_of(x, len(linears[0][0]["qweight"]))
+    many = phase == "prefill"
+    rows = native.rows_of(x, len(linears[0][0]["qweight"]), apart=many)
     out = rows.new_empty(len(rows), sum(widths))
-    name = "four_bits_stored" if phase == "decode" else "four_bits_many_stored"
+    name = "four_bits_many_stored" if many else "four_bits_stored"
     for linear, into in zip(linears, out.split(widths, dim=1), strict=True):
         _call(name, rows, [linear], group, into)
     return out
@@ -102,6 +103,7 @@ def _call(name: str, rows: Tensor, linears: Sequence[Stored], group: int, out: T
         form,
         out.data_ptr(),
         out.stride(0),
+        *((rows.stride(0),) if name == "four_bits_many_stored" else ()),
     )
 
 

@@ -86,7 +86,7 @@ inline Activations prepare_four(const uint16_t* x, int64_t rows, int64_t inputs,
     for (int64_t k = 0; k < rows * inputs; ++k) wide[k] = wide_one(x[k]) * SHARE[k % 8];
     float* totals = wide + rows * inputs;
     sum_groups(x, rows * inputs, group, totals);
-    return {x, wide, totals};
+    return {x, wide, totals, inputs};
 }
 
 // Sums over one group of (q - 8) * x, for eight outputs.

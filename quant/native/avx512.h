@@ -30,7 +30,7 @@ inline Activations prepare_four(const uint16_t* x, int64_t rows, int64_t inputs,
                                 std::vector<float>& room) {
     room.resize(rows * inputs / group);
     sum_groups(x, rows * inputs, group, room.data());
-    return {x, nullptr, room.data()};
+    return {x, nullptr, room.data(), inputs};
 }
 
 // q - 8 as bfloat16, twice over: the lookup takes five bits, of which the upper is a neighbour's.

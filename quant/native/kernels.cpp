@@ -55,11 +55,13 @@ void lowvram_sixteen_bits(const uint16_t* x, int64_t inputs, int64_t outputs,
     sixteen_bits_row({inputs, outputs, weights, nullptr, bias}, x, out, team);
 }
 
-// The same for many rows, of which none are gated.
+// The same for many rows, of which none are gated; those of x are `apart` numbers apart.
 void lowvram_four_bits_many(const uint16_t* x, int64_t rows, int64_t inputs, int64_t outputs,
                             int64_t group, const uint8_t* packed, const uint16_t* pairs, int form,
-                            const uint16_t* bias, uint16_t* out, unsigned threads, Start start) {
-    Product p{{x, nullptr, nullptr}, inputs, outputs, group, packed, pairs, form, bias, out, outputs};
+                            const uint16_t* bias, uint16_t* out, int64_t apart, unsigned threads,
+                            Start start) {
+    Product p{{x, nullptr, nullptr, apart}, inputs, outputs, group, packed, pairs, form, bias, out,
+              outputs};
     many_rows(p, InOrder{p}, rows, {threads, start});
 }
 
@@ -71,12 +73,13 @@ void lowvram_four_bits_stored(const uint16_t* x, int64_t rows, int64_t inputs, i
     few_rows_stored(x, rows, inputs, outputs, group, files, form, out, stride, {threads, start});
 }
 
-// The same for many rows, of which none are gated.
+// The same for many rows, of which none are gated; those of x are `apart` numbers apart.
 void lowvram_four_bits_many_stored(const uint16_t* x, int64_t rows, int64_t inputs,
                                    int64_t outputs, int64_t group, const File* file, int form,
-                                   uint16_t* out, int64_t stride, unsigned threads, Start start) {
-    Product p{{x, nullptr, nullptr}, inputs, outputs, group,  nullptr,
-              nullptr,               form,   file->bias, out, stride};
+                                   uint16_t* out, int64_t stride, int64_t apart, unsigned threads,
+                                   Start start) {
+    Product p{{x, nullptr, nullptr, apart}, inputs, outputs, group,  nullptr,
+              nullptr,                      form,   file->bias, out, stride};
     many_rows(p, InFile{p, *file}, rows, {threads, start});
 }
 

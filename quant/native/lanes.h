@@ -13,6 +13,7 @@ struct Activations {
     const uint16_t* narrow;
     const float* wide;
     const float* totals;
+    int64_t stride;  // numbers from one of many narrow rows to the next
 };
 
 inline float wide_one(uint16_t value) {

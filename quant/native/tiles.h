@@ -80,9 +80,8 @@ void item(const Product& p, const Weights& from, int64_t length, int64_t block, 
             scales[b] = {place.pair, p.form};
             unpack(place.packed, length, weights + place_in_tiles(b, length));
         }
-        int64_t stride = p.inputs;
-        const Input* x =
-            inputs_of(p.x.narrow + row * p.inputs + start, rows, length, stride, wide);
+        int64_t stride = p.x.stride;
+        const Input* x = inputs_of(p.x.narrow + row * stride + start, rows, length, stride, wide);
         const float* all = p.x.totals + row * steps + step;
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
             const int64_t now = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
@@ -111,8 +110,8 @@ void many_rows(Product& p, const Weights& from, int64_t rows, const Team& team) 
     room.resize(rows * steps);
     float* totals = room.data();
     in_parallel(rows, team, [&](int64_t first, int64_t last) {
-        sum_groups(p.x.narrow + first * p.inputs, (last - first) * p.inputs, length,
-                   totals + first * steps);
+        for (int64_t row = first; row < last; ++row)
+            sum_groups(p.x.narrow + row * p.x.stride, p.inputs, length, totals + row * steps);
     });
     p.x.totals = totals;
     const int64_t blocks = p.outputs / BLOCK, across = (blocks + ITEM_BLOCKS - 1) / ITEM_BLOCKS;

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowvram.models.layers import GatedMLP
 from lowvram.offload import Loader, Meter, Part, Placement, Store, open_device
 from lowvram.pocket import make_checkpoint
-from lowvram.quant import KernelName, QuantLinear, linear_bytes
+from lowvram.quant import KernelName, QuantLinear, linear_bytes, loading_bytes
 
 LAYER = "thinker.model.layers.2."
 LINEARS = {
@@ -75,6 +76,40 @@ def test_load_drop_and_load_again(
         ) + (64 * size)
         again = results(loader.load("layer"))
         assert all(torch.equal(first[path], again[path]) for path in LINEARS)
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_linears_that_are_joined_take_what_is_planned(
+    switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that is gone already counts: members are turned, and counted, before they join."""
+    monkeypatch.setenv("LOWVRAM_NATIVE", switch)
+    width, hidden, group = 256, 1024, 64
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        return QuantLinear(inputs, outputs, bias, group, dtype=torch.bfloat16)
+
+    def mlp() -> nn.Module:
+        return GatedMLP(width, hidden, linear, "mlp", bias=False)
+
+    tensors = {f"mlp.{name}": torch.zeros_like(each) for name, each in mlp().named_buffers()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    device = open_device("cpu")
+    meter = Meter(device)
+    with Store.open(tmp_path) as store:
+        loader = Loader(store, device, meter, [Part("mlp", "mlp.", mlp, torch.bfloat16)])
+        with meter.phase("load"):
+            module = loader.load("mlp")
+    gate = module.get_submodule("gate_proj")
+    assert isinstance(gate, QuantLinear)
+    kernel = gate.kernel.name
+    assert gate.joined == (hidden, hidden)
+    held = sum(meter.held().values())
+    shapes = [(width, 2 * hidden), (hidden, width)]
+    # What is planned would do for the kernel that takes the place of this one as well.
+    law = linear_bytes if kernel == "native" else loading_bytes
+    most = max(law(*shape, group, kernel) for shape in shapes)
+    assert held < meter.phases[0].peak_bytes <= held + most
 
 
 def test_a_prepared_linear_streams_as_stored_after_a_drop(tmp_path: Path) -> None:

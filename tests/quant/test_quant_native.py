@@ -24,7 +24,7 @@ from lowvram.quant import (
     preferred_kernel,
     select,
 )
-from lowvram.quant.kernels import native, reference
+from lowvram.quant.kernels import native, native_stored, reference
 from lowvram.quant.native import Processor, not_offered, processor
 from lowvram.quant.native.processors import AVX2, AVX512, best_of
 
@@ -123,6 +123,25 @@ def test_rows_come_out_the_same_whatever_they_come_with(
         assert error(found, x.double() @ weights.double()) < 3e-3
         for rows in (slice(0, 1), slice(250, 257), slice(400, 417)):
             assert torch.equal(computed(x[rows], held, group, "prefill"), found[rows])
+
+
+def test_rows_that_lie_apart_are_not_copied(
+    kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = stored(512, 80, 64)
+    wide = torch.randn(37, 1024).bfloat16()
+    x = wide[:, :512]
+    for _ in kinds:
+        held = native.prepare(*tensors, 64)
+        wanted = computed(x.contiguous(), held, 64, "prefill")
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
+            assert torch.equal(computed(x, held, 64, "prefill"), wanted)
+            files = dict(zip(("qweight", "qzeros", "scales"), tensors, strict=True))
+            found = native_stored.run(x, files, None, 64, "prefill", Scratch())
+            assert torch.equal(found, wanted)
+        turned = wide.T.contiguous().T[:, :512]
+        assert torch.equal(computed(turned, held, 64, "prefill"), wanted)
 
 
 def test_single_weights_are_the_formula_rounded_once(kinds: list[str]) -> None:
