@@ -26,7 +26,7 @@ at the 7B's shapes, where the process's peak was 3.66 GiB with 6,200 tokens of c
 
 # Rates of one core, measured on two cores at the 7B's layer (AVX-512, bfloat16).
 _FLOPS = 250e9
-_SECONDS_PER_VALUE = {"awq": 350e-9, "awq+gptq": 1050e-9, "rtn": 50e-9}
+_SECONDS_PER_VALUE = {"awq": 350e-9, "awq+gptq": 890e-9, "rtn": 50e-9}
 _DISK_BYTES_PER_SECOND = 400e6
 
 
