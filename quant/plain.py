@@ -15,7 +15,7 @@ LANES = 16
 
 class PlainLinear(nn.Linear):
     """`nn.Linear`, of which a token's row is multiplied by the compiled kernels on a CPU: torch's
-    product of one bfloat16 row reaches a third of what the memory gives."""
+    product of one bfloat16 row does not keep up with memory (see `benchmarks/talker_loop.py`)."""
 
     _offered: bool | None = None
 
