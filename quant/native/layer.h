@@ -16,21 +16,13 @@ struct Linear {
     const uint16_t* bias;
     int64_t inputs, outputs, group, form;
 
-    bool stored() const { return form & STORED; }
-    File file() const { return {static_cast<const uint32_t*>(weights), zeros, pairs, bias}; }
-
-    // Whether this one's outputs can gate the other's in one product.
-    bool gates(const Linear& other) const {
-        return stored() && form == other.form && group == other.group && outputs == other.outputs;
-    }
-
     void run(const uint16_t* x, uint16_t* out, const Team& team) const {
         const Plain plain{inputs, outputs, weights, pairs, bias};
         if (form & EIGHT) return eight_bits_row(plain, x, out, team);
         if (form & SIXTEEN) return sixteen_bits_row(plain, x, out, team);
-        if (stored()) {
-            const File files[1] = {file()};
-            return few_rows_stored(x, 1, inputs, outputs, group, files, int(form), out, outputs,
+        if (form & STORED) {
+            const File file{static_cast<const uint32_t*>(weights), zeros, pairs, bias};
+            return few_rows_stored(x, 1, inputs, outputs, group, &file, int(form), out, outputs,
                                    team);
         }
         few_rows(x, 1, inputs, outputs, group, static_cast<const uint8_t*>(weights), pairs,
@@ -88,19 +80,6 @@ inline void run_all(const Linear* linears, int64_t count, const uint16_t* x, uin
     for (int64_t i = 0; i < count; out += linears[i++].outputs) linears[i].run(x, out, team);
 }
 
-// Gate and up: silu of the one's outputs times the other's, rounded as they are one by one.
-inline void open_gates(const Layer& layer, const uint16_t* x, uint16_t* out, const Team& team) {
-    const Linear *gate = &layer.open[0], *up = &layer.open[1];
-    if (layer.opens == 2 && gate->gates(*up)) {
-        const File files[2] = {gate->file(), up->file()};
-        few_rows_stored(x, 1, gate->inputs, 2 * gate->outputs, gate->group, files,
-                        int(gate->form) | GATED, out, gate->outputs, team);
-        return;
-    }
-    run_all(layer.open, layer.opens, x, out, team);
-    if (!(gate->form & GATED)) gate_row(out, layer.close.inputs);
-}
-
 // `cache` has as many keys and values as came before; this token's are written behind them.
 inline void run_layer(const Layer& layer, const uint16_t* x, const uint16_t* cos,
                       const uint16_t* sin, const Cache& cache, uint16_t* out, const Team& team) {
@@ -129,7 +108,8 @@ inline void run_layer(const Layer& layer, const uint16_t* x, const uint16_t* cos
     add_to(out, x, width);
 
     norm(out, layer.mlp_norm, width, layer.epsilon, normed);
-    open_gates(layer, normed, opened, team);
+    run_all(layer.open, layer.opens, normed, opened, team);
+    if (!(layer.open[0].form & GATED)) gate_row(opened, inner);
     layer.close.run(opened, closed, team);
     add_to(out, closed, width);
 }
